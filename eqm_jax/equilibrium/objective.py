@@ -1,0 +1,155 @@
+"""The training objective of Equilibrium Matching (arXiv 2510.02300, section 3).
+
+    x_γ = γ·x + (1−γ)·ε          γ ~ U(0, 1): 0 is noise, 1 is data
+    L   = ‖f(x_γ) − (ε − x)·c(γ)‖²
+
+The network f never sees γ. It points uphill, from data to noise, so sampling
+descends it. c(1) = 0 makes every data point stationary.
+
+Losses are per sample, the mean over that sample's elements; the caller takes
+the batch mean.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ("constant", "linear", "truncated", "piecewise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """The magnitude c(γ) of the target gradient, times the multiplier λ.
+
+  constant   c = λ                                     (flow matching's end point)
+  linear     c = λ·(1−γ)
+  truncated  c = λ for γ ≤ a, else λ·(1−γ)/(1−a)       (the paper's best, a = 0.8)
+  piecewise  c = λ·(b − (b−1)·γ/a) for γ ≤ a, else λ·(1−γ)/(1−a)
+
+  The defaults are the released ones: c(γ) = 4·min(1, 5·(1−γ)).
+
+  Raises:
+    ValueError: for an unknown kind, a outside [0, 1) or a λ that is not positive.
+  """
+
+  kind: str = "truncated"
+  a: float = 0.8
+  b: float = 2.0
+  multiplier: float = 4.0
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f"unknown schedule kind {self.kind!r}: choose one of {', '.join(KINDS)}")
+    if not 0 <= self.a < 1 or (self.kind == "piecewise" and self.a == 0):
+      raise ValueError(f"schedule: a = {self.a} must lie in [0, 1), and above 0 for 'piecewise'")
+    if not self.multiplier > 0:
+      raise ValueError(f"schedule: multiplier = {self.multiplier} must be positive")
+
+
+def magnitude(gamma: jax.Array, schedule: Schedule = Schedule()) -> jax.Array:
+  """c(γ), the length of the target gradient relative to ε − x. Shape as `gamma`."""
+  s = schedule
+  tail = (1 - gamma) / (1 - s.a)
+  if s.kind == "constant":
+    c = jnp.ones_like(gamma)
+  elif s.kind == "linear":
+    c = 1 - gamma
+  elif s.kind == "truncated":
+    c = jnp.minimum(1, tail)
+  else:
+    c = jnp.where(gamma <= s.a, s.b - (s.b - 1) * gamma / s.a, tail)
+  return s.multiplier * c
+
+
+def mean_square_magnitude(schedule: Schedule) -> float:
+  """E[c(γ)²] over γ ~ U(0, 1), in closed form; 13.867 for the released schedule.
+
+  The loss of a network that answers zero is E[c²]·(1 + Var(data)), so a loss
+  divided by this number can be compared across schedules.
+  """
+  s = schedule
+  tail = (1 - s.a) / 3
+  mean_square = {
+    "constant": 1.0,
+    "linear": 1 / 3,
+    "truncated": s.a + tail,
+    "piecewise": s.a * (s.b**2 + s.b + 1) / 3 + tail,
+  }[s.kind]
+  return s.multiplier**2 * mean_square
+
+
+def corrupt(data: jax.Array, noise: jax.Array, gamma: jax.Array) -> jax.Array:
+  """x_γ = γ·x + (1−γ)·ε.
+
+  Args:
+    data, noise: arrays of one shape [B, ...].
+    gamma: [B], or any shape that broadcasts from the left.
+  """
+  gamma = _per_sample(gamma, data)
+  return gamma * data + (1 - gamma) * noise
+
+
+def target_gradient(data: jax.Array, noise: jax.Array, gamma: jax.Array, schedule: Schedule) -> jax.Array:
+  """(ε − x)·c(γ): the gradient that f is trained to equal at x_γ."""
+  return (noise - data) * _per_sample(magnitude(gamma, schedule), data)
+
+
+def equilibrium_loss(field_fn: Callable, data: jax.Array, noise: jax.Array, gamma: jax.Array, schedule: Schedule) -> jax.Array:
+  """The EqM loss ‖f(x_γ) − (ε − x)·c(γ)‖², averaged over each sample's elements.
+
+  Args:
+    field_fn: x [B, ...] → f [B, ...].
+    data, noise: [B, ...]; data standardised to about unit variance.
+    gamma: [B], in [0, 1].
+    schedule: c(γ).
+
+  Returns:
+    The loss of each sample, [B].
+  """
+  f = field_fn(corrupt(data, noise, gamma))
+  return _mean_square(f - target_gradient(data, noise, gamma, schedule))
+
+
+def flow_matching_loss(field_fn: Callable, data: jax.Array, noise: jax.Array, gamma: jax.Array, *, timed: bool) -> jax.Array:
+  """The flow-matching baseline in EqM's sign: ‖f(x_γ, γ) − (ε − x)‖², f = −velocity.
+
+  Args:
+    field_fn: (x, γ) → f when `timed`, else x → f: "unconditional flow matching",
+      which is EqM with c ≡ 1.
+    data, noise, gamma: as for `equilibrium_loss`.
+    timed: whether the field is told γ.
+
+  Returns:
+    The loss of each sample, [B].
+  """
+  x_gamma = corrupt(data, noise, gamma)
+  f = field_fn(x_gamma, gamma) if timed else field_fn(x_gamma)
+  return _mean_square(f - (noise - data))
+
+
+def dispersive_loss(tokens: jax.Array) -> jax.Array:
+  """log mean exp(−‖z_i − z_j‖²/D) over all pairs, the diagonal included: a scalar.
+
+  Pushes the activations of different samples apart (Wang & He 2025); the
+  released code adds it with weight 0.5, the reported results do not use it.
+
+  Args:
+    tokens: activations [B, ...]; D is the number of elements of one sample. The
+      pairs are those of the batch given here.
+  """
+  z_BxD = tokens.reshape(tokens.shape[0], -1)
+  # Differences, not the expanded square: near-equal activations would cancel.
+  square_BxB = jnp.sum((z_BxD[:, None] - z_BxD[None]) ** 2, axis=-1) / z_BxD.shape[1]
+  return jax.scipy.special.logsumexp(-square_BxB) - 2 * jnp.log(z_BxD.shape[0])
+
+
+def _per_sample(value: jax.Array, like: jax.Array) -> jax.Array:
+  """Appends axes to `value` until it broadcasts against `like` from the left."""
+  value = jnp.asarray(value)
+  return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def _mean_square(residual: jax.Array) -> jax.Array:
+  return jnp.mean(residual**2, axis=range(1, residual.ndim))

@@ -1,0 +1,263 @@
+"""DiT, the transformer of Equilibrium Matching, with adaLN-Zero (Peebles & Xie 2023).
+
+    x [B, H, W, C], label [B] → f [B, H, W, C]
+
+The blocks' parameters are stacked on a leading depth axis and the blocks run in
+one scan, so compile time does not grow with depth. Without `time_input` the time
+embedding is that of time 0, one learned vector, as in the released code.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# depth, width, num_heads of the published sizes; the patch size follows the slash in a name: "XL/2".
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+# What a block keeps for the backward pass; everything else is computed again.
+REMAT_POLICIES = {
+  "none": None,  # keeps all: no rematerialisation
+  "dots": jax.checkpoint_policies.checkpoint_dots,
+  "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+ATTENTION = ("xla", "cudnn")
+TIME_FREQUENCIES = 256
+
+
+class DiT(nn.Module):
+  """The network. Its attributes are the `model` section of a config.
+
+  Raises:
+    ValueError: when built, if the attributes do not fit each other; when called,
+      if an argument does not fit them.
+  """
+
+  input_size: int  # height and width of x
+  channels: int
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  num_classes: int  # label num_classes is the null class
+  mlp_ratio: float = 4.0
+  time_input: bool = False  # takes γ as a third argument (flow matching)
+  learn_sigma: bool = False  # carries the second output half that the released code has and throws away
+  dtype: str = "float32"  # of the matrix products; norms, softmax, parameters and output stay float32
+  unroll: int = 1  # blocks per iteration of the scan
+  remat: str = "none"  # one of REMAT_POLICIES
+  attention: str = "xla"  # or "cudnn" (GPU, bfloat16)
+
+  def __post_init__(self):
+    _check_attributes(self)
+    super().__post_init__()
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """(H, W, C) of one sample."""
+    return self.input_size, self.input_size, self.channels
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC: jax.Array, label_B: jax.Array, gamma_B: jax.Array | None = None, *, return_tokens: bool = False):
+    """f(x | label).
+
+    Args:
+      x_BxHxWxC: the samples.
+      label_B: int, 0..num_classes; num_classes means no class.
+      gamma_B: the time, only with `time_input`: 0 at noise, 1 at data.
+      return_tokens: also return the last block's activations [B, T, width].
+
+    Returns:
+      f [B, H, W, C] in float32 (float64 if dtype is), or (f, tokens).
+    """
+    self._check_arguments(x_BxHxWxC, label_B, gamma_B)
+    dtype = jnp.dtype(self.dtype)
+    out_channels = self.channels * (2 if self.learn_sigma else 1)
+
+    patches_BxTxP = patchify(x_BxHxWxC, self.patch_size).astype(dtype)
+    positions_TxD = jnp.asarray(position_table(self.input_size // self.patch_size, self.width), dtype)
+    tokens_BxTxD = _dense(self.width, dtype, name="patch_embed")(patches_BxTxP) + positions_TxD
+
+    time = jnp.zeros(1) if gamma_B is None else gamma_B
+    time_BxD = TimeEmbed(self.width, dtype, name="time_embed")(time)
+    label_BxD = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_normal, name="label_embed")(label_B)
+    condition_BxD = time_BxD + label_BxD
+
+    tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
+
+    shift, scale = _modulation(2, self.width, dtype, "final_modulation", condition_BxD)
+    normed_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift, scale)
+    zeros = nn.initializers.zeros
+    out_BxTxP = nn.Dense(self.patch_size**2 * out_channels, dtype=dtype, kernel_init=zeros, name="final_out")(normed_BxTxD)
+    f_BxHxWxC = unpatchify(out_BxTxP, self.patch_size, out_channels)[..., : self.channels]
+    f_BxHxWxC = f_BxHxWxC.astype(jnp.promote_types(dtype, jnp.float32))
+    return (f_BxHxWxC, tokens_BxTxD) if return_tokens else f_BxHxWxC
+
+  def _blocks(self, dtype):
+    """The depth blocks as one module, scanned over stacked parameters."""
+    block = Block
+    if self.remat != "none":
+      block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    stack = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=self.depth,
+      unroll=min(self.unroll, self.depth),
+    )
+    return stack(self.width, self.num_heads, self.mlp_ratio, dtype, self.attention, name="blocks")
+
+  def _check_arguments(self, x, label, gamma):
+    if x.ndim != 4 or x.shape[1:] != self.input_shape:
+      raise ValueError(f"x has shape {x.shape}: this model takes [B, {', '.join(map(str, self.input_shape))}] (NHWC)")
+    if label.shape != x.shape[:1]:
+      raise ValueError(f"labels have shape {label.shape}: give one for each of the {x.shape[0]} samples of x {x.shape}")
+    if not jnp.issubdtype(label.dtype, jnp.integer):
+      raise ValueError(f"labels are {label.dtype}: give integers 0..{self.num_classes}")
+    if self.time_input != (gamma is not None):
+      raise ValueError("this model needs a time (time_input=True)" if self.time_input else "this model takes no time: it was built with time_input=False")
+    if gamma is not None and gamma.shape != x.shape[:1]:
+      raise ValueError(f"times have shape {gamma.shape}: give one for each of the {x.shape[0]} samples")
+
+
+class Block(nn.Module):
+  """One adaLN-Zero transformer block, in the (carry, output) form of a scan."""
+
+  width: int
+  num_heads: int
+  mlp_ratio: float
+  dtype: Any
+  attention: str
+
+  @nn.compact
+  def __call__(self, tokens_BxTxD, condition_BxD):
+    dtype, heads = self.dtype, (self.num_heads, self.width // self.num_heads)
+    modulation = _modulation(6, self.width, dtype, "modulation", condition_BxD)
+    shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+
+    h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_attention, scale_attention)
+    qkv_BxTx3xHxK = nn.DenseGeneral((3, *heads), dtype=dtype, kernel_init=_xavier, name="qkv")(h_BxTxD)
+    query, key, value = jnp.moveaxis(qkv_BxTx3xHxK, 2, 0)
+    mixed_BxTxHxK = _attend(query, key, value, self.attention)
+    h_BxTxD = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=dtype, kernel_init=_xavier, name="attention_out")(mixed_BxTxHxK)
+    tokens_BxTxD = tokens_BxTxD + gate_attention * h_BxTxD
+
+    h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_mlp, scale_mlp)
+    h_BxTxF = nn.gelu(_dense(int(self.width * self.mlp_ratio), dtype, name="mlp_in")(h_BxTxD), approximate=True)
+    tokens_BxTxD = tokens_BxTxD + gate_mlp * _dense(self.width, dtype, name="mlp_out")(h_BxTxF)
+    return tokens_BxTxD, None
+
+
+class TimeEmbed(nn.Module):
+  """Sinusoidal embedding of the time and a two-layer perceptron: [B] → [B, width]."""
+
+  width: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, time_B):
+    half = TIME_FREQUENCIES // 2
+    frequencies_F = jnp.exp(-jnp.log(10_000) * jnp.arange(half) / half)
+    angles_BxF = time_B[:, None] * frequencies_F
+    h = jnp.concatenate([jnp.cos(angles_BxF), jnp.sin(angles_BxF)], axis=-1).astype(self.dtype)
+    h = nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal, name="dense_0")(h)
+    return nn.Dense(self.width, dtype=self.dtype, kernel_init=_normal, name="dense_1")(nn.silu(h))
+
+
+def patchify(x_BxHxWxC: jax.Array, patch: int) -> jax.Array:
+  """[B, H, W, C] → [B, T, patch·patch·C], tokens row by row."""
+  B, H, W, C = x_BxHxWxC.shape
+  x_BxhxpxwxpxC = x_BxHxWxC.reshape(B, H // patch, patch, W // patch, patch, C)
+  return x_BxhxpxwxpxC.swapaxes(2, 3).reshape(B, -1, patch * patch * C)
+
+
+def unpatchify(tokens_BxTxP: jax.Array, patch: int, channels: int) -> jax.Array:
+  """The inverse of `patchify` for a square image."""
+  B, T, _ = tokens_BxTxP.shape
+  side = round(T**0.5)
+  x_BxhxwxpxpxC = tokens_BxTxP.reshape(B, side, side, patch, patch, channels)
+  return x_BxhxwxpxpxC.swapaxes(2, 3).reshape(B, side * patch, side * patch, channels)
+
+
+def position_table(side: int, width: int) -> np.ndarray:
+  """The fixed 2-D sin-cos table, [side², width] float32: half for columns, half for rows.
+
+  Computed in float64 and rounded once, which gives the same bits as the released code.
+  """
+  omega_F = 1 / 10_000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
+  angles_SxF = np.arange(side, dtype=np.float64)[:, None] * omega_F
+  line_SxD = np.concatenate([np.sin(angles_SxF), np.cos(angles_SxF)], axis=1)
+  columns, rows = np.tile(line_SxD, (side, 1)), np.repeat(line_SxD, side, axis=0)
+  return np.concatenate([columns, rows], axis=1).astype(np.float32)
+
+
+def attributes(model: DiT) -> dict[str, Any]:
+  """What the model was built with, as plain values: `DiT(**attributes(model)) == model`."""
+  fields = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
+  return {name: getattr(model, name) for name in fields}
+
+
+def parameter_shapes(model: DiT) -> dict[str, Any]:
+  """The model's parameter tree with shapes and types for leaves; nothing is computed."""
+  gamma = (jnp.zeros(1),) if model.time_input else ()
+  x, label = jnp.zeros((1, *model.input_shape)), jnp.zeros(1, jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), x, label, *gamma)["params"]
+
+
+def _attend(query, key, value, implementation: str):
+  """Softmax attention over [B, T, heads, K]."""
+  if query.dtype == jnp.float64:  # jax.nn rounds the softmax to float32, too coarse for a float64 check
+    weights_BxHxTxS = jax.nn.softmax(jnp.einsum("BTHK,BSHK->BHTS", query, key) / query.shape[-1] ** 0.5)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, value)
+  return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+
+
+def _modulation(count: int, width: int, dtype, name: str, condition_BxD):
+  """adaLN-Zero: `count` vectors [B, 1, width] from the condition, zero at the start."""
+  zeros = nn.initializers.zeros
+  out_BxND = nn.Dense(count * width, dtype=dtype, kernel_init=zeros, name=name)(nn.silu(condition_BxD))
+  return jnp.split(out_BxND[:, None], count, axis=-1)
+
+
+def _modulate(x, shift, scale):
+  return x * (1 + scale) + shift
+
+
+def _layer_norm(x):
+  """LayerNorm without parameters, in float32 or wider."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=wide)
+  return norm(x).astype(x.dtype)
+
+
+def _dense(features: int, dtype, name: str) -> nn.Dense:
+  return nn.Dense(features, dtype=dtype, kernel_init=_xavier, name=name)
+
+
+_xavier = nn.initializers.xavier_uniform()
+_normal = nn.initializers.normal(0.02)
+
+
+def _check_attributes(m: DiT):
+  for name in ("input_size", "channels", "patch_size", "width", "depth", "num_heads", "unroll"):
+    if getattr(m, name) < 1:
+      raise ValueError(f"model: {name} = {getattr(m, name)} must be at least 1")
+  if m.num_classes < 0:
+    raise ValueError(f"model: num_classes = {m.num_classes} must not be negative (0: unconditional)")
+  if m.input_size % m.patch_size:
+    raise ValueError(f"model: patch_size = {m.patch_size} does not divide input_size = {m.input_size}")
+  if m.width % m.num_heads:
+    raise ValueError(f"model: num_heads = {m.num_heads} does not divide width = {m.width}")
+  if m.width % 4:
+    raise ValueError(f"model: width = {m.width} must be a multiple of 4 for the sin-cos positions")
+  if m.remat not in REMAT_POLICIES:
+    raise ValueError(f"model: remat = {m.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+  if m.attention not in ATTENTION:
+    raise ValueError(f"model: attention = {m.attention!r} is not one of {', '.join(ATTENTION)}")
+  if m.dtype not in ("float32", "bfloat16", "float64"):
+    raise ValueError(f"model: dtype = {m.dtype!r} is not float32, bfloat16 or float64")

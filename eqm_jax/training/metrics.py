@@ -1,0 +1,53 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, one line of text."""
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Mapping
+
+import tensorboardX
+from absl import logging
+
+
+class MetricWriter:
+  """Writes scalars. A resumed run drops what the killed one wrote past its checkpoint."""
+
+  def __init__(self, workdir: str, *, first_step: int, last_step: int, batch_size: int):
+    self._path = os.path.join(workdir, "metrics.jsonl")
+    self._keep_up_to(first_step)
+    self._file = open(self._path, "a", encoding="utf-8")
+    self._board = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step or None)
+    self._last_step, self._batch_size = last_step, batch_size
+    self._step, self._time = None, None
+
+  def write(self, step: int, scalars: Mapping[str, float]):
+    """Writes the metrics of one step. The rate is that since the last call."""
+    now = time.monotonic()
+    scalars, progress = dict(scalars), ""
+    if self._step is not None:  # the first interval would count compilation
+      rate = (step - self._step) / (now - self._time)
+      left = datetime.timedelta(seconds=round((self._last_step - step) / rate))
+      scalars["examples_per_second"] = rate * self._batch_size
+      progress = f"  {left} left"
+    self._step, self._time = step, now
+    self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    self._file.flush()
+    for name, value in scalars.items():
+      self._board.add_scalar(name, value, step)
+    text = "  ".join(f"{name} {value:.5g}" for name, value in scalars.items())
+    logging.info("step %d/%d  %s%s", step, self._last_step, text, progress)
+
+  def close(self):
+    self._file.close()
+    self._board.close()
+
+  def _keep_up_to(self, step: int):
+    if not os.path.exists(self._path):
+      return
+    with open(self._path, encoding="utf-8") as file:
+      # The last line of a killed run may be half a line.
+      kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(self._path + ".partial", "w", encoding="utf-8") as file:
+      file.writelines(kept)
+    os.replace(self._path + ".partial", self._path)

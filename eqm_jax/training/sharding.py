@@ -1,0 +1,100 @@
+"""Where arrays live: one mesh, and a short ordered table from parameter paths to axes.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor`
+splits the parameters within a layer.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+Rules = Sequence[tuple[str, Sequence[str | None]]]
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over all devices; one of the sizes may be −1, for the rest.
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [data, fsdp, tensor]
+  described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+  if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+    raise ValueError(f"mesh {described}: sizes are positive, and at most one is -1 for the rest")
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size > 0))
+  if math.prod(sizes) != len(devices):
+    raise ValueError(f"mesh {described} needs {math.prod(sizes)} devices, but there are {len(devices)}")
+  # Auto axes: jax.make_mesh would default to Explicit ones, which linen does not know.
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+  """The leading axis over `data` and `fsdp`.
+
+  Raises:
+    ValueError: if the batch does not divide.
+  """
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % ways:
+    raise ValueError(f"batch size {batch_size} does not divide over {ways} devices (data × fsdp): use a multiple of {ways}")
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
+  """The sharding of every leaf of a tree of shapes.
+
+  The first rule whose regular expression is found in the leaf's path decides;
+  without one, `fsdp` takes the largest axis that it divides. The optimizer's and the
+  EMA's paths end as the parameters' do, so they follow them.
+
+  Args:
+    shapes: a tree of arrays or ShapeDtypeStructs.
+    rules: ordered (regex, axis name or None for each array axis).
+    mesh: from `make_mesh`.
+
+  Raises:
+    ValueError: if a rule names an axis that the mesh lacks, has another rank than
+      the parameter, or an axis does not divide.
+  """
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, rules, mesh)), shapes)
+
+
+def path_name(path: tuple) -> str:
+  """A tree path as "params/blocks/qkv/kernel"."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _spec(path: tuple, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+  name = path_name(path)
+  for pattern, axes in rules:
+    if re.search(pattern, name) and shape:
+      _check_rule(pattern, axes, name, shape, mesh)
+      return PartitionSpec(*axes)
+  fsdp = mesh.shape["fsdp"]
+  dividing = [i for i, size in enumerate(shape) if size % fsdp == 0]
+  if fsdp == 1 or not dividing:
+    return PartitionSpec()
+  largest = max(dividing, key=lambda i: shape[i])
+  return PartitionSpec(*("fsdp" if i == largest else None for i in range(len(shape))))
+
+
+def _check_rule(pattern: str, axes: Sequence[str | None], name: str, shape: tuple[int, ...], mesh: Mesh):
+  rule = f"sharding rule {pattern!r} → {tuple(axes)}"
+  if len(axes) != len(shape):
+    raise ValueError(f"{rule} has {len(axes)} axes, but {name} has shape {shape}")
+  for axis, size in zip(axes, shape):
+    if axis is not None and axis not in AXES:
+      raise ValueError(f"{rule} names the axis {axis!r}: the mesh has {', '.join(AXES)}")
+    if axis is not None and size % mesh.shape[axis]:
+      raise ValueError(f"{rule}: {axis}={mesh.shape[axis]} does not divide an axis of {name}, shape {shape}")

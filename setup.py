@@ -1,0 +1,41 @@
+"""eqm_jax: Equilibrium Matching in JAX."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+  name="eqm_jax",
+  version="0.1.0",
+  description="Equilibrium Matching in JAX/Flax: train, sample and study time-free gradient fields",
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="MIT",
+  packages=setuptools.find_packages(include=["eqm_jax", "eqm_jax.*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "absl-py",
+    "clu",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "matplotlib",
+    "ml-collections",
+    "ml-dtypes",
+    "numpy>=2",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow",
+    "scikit-learn",
+    "tensorboardX",
+    "tqdm",
+  ],
+  extras_require={
+    "test": ["chex", "hypothesis", "pytest", "ruff"],
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda12]"],
+    "plan": ["libtpu"],
+    "notebook": ["ipykernel", "jupyter"],
+    "imagenet": ["tensorflow-datasets"],
+  },
+)
