@@ -12,6 +12,7 @@ the batch mean.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,15 @@ def target_gradient(data: jax.Array, noise: jax.Array, gamma: jax.Array, schedul
   return (noise - data) * _per_sample(magnitude(gamma, schedule), data)
 
 
-def equilibrium_loss(field_fn: Callable, data: jax.Array, noise: jax.Array, gamma: jax.Array, schedule: Schedule) -> jax.Array:
+def equilibrium_loss(
+  field_fn: Callable,
+  data: jax.Array,
+  noise: jax.Array,
+  gamma: jax.Array,
+  schedule: Schedule,
+  *,
+  has_aux: bool = False,
+) -> jax.Array | tuple[jax.Array, Any]:
   """The EqM loss ‖f(x_γ) − (ε − x)·c(γ)‖², averaged over each sample's elements.
 
   Args:
@@ -104,29 +113,32 @@ def equilibrium_loss(field_fn: Callable, data: jax.Array, noise: jax.Array, gamm
     data, noise: [B, ...]; data standardised to about unit variance.
     gamma: [B], in [0, 1].
     schedule: c(γ).
+    has_aux: as in `jax.grad`: `field_fn` returns (f, aux), and this (loss, aux).
 
   Returns:
     The loss of each sample, [B].
   """
-  f = field_fn(corrupt(data, noise, gamma))
-  return _mean_square(f - target_gradient(data, noise, gamma, schedule))
+  answer = field_fn(corrupt(data, noise, gamma))
+  return _residual_loss(answer, target_gradient(data, noise, gamma, schedule), has_aux)
 
 
-def flow_matching_loss(field_fn: Callable, data: jax.Array, noise: jax.Array, gamma: jax.Array, *, timed: bool) -> jax.Array:
+def flow_matching_loss(
+  field_fn: Callable, data: jax.Array, noise: jax.Array, gamma: jax.Array, *, timed: bool, has_aux: bool = False
+) -> jax.Array | tuple[jax.Array, Any]:
   """The flow-matching baseline in EqM's sign: ‖f(x_γ, γ) − (ε − x)‖², f = −velocity.
 
   Args:
     field_fn: (x, γ) → f when `timed`, else x → f: "unconditional flow matching",
       which is EqM with c ≡ 1.
-    data, noise, gamma: as for `equilibrium_loss`.
+    data, noise, gamma, has_aux: as for `equilibrium_loss`.
     timed: whether the field is told γ.
 
   Returns:
     The loss of each sample, [B].
   """
   x_gamma = corrupt(data, noise, gamma)
-  f = field_fn(x_gamma, gamma) if timed else field_fn(x_gamma)
-  return _mean_square(f - (noise - data))
+  answer = field_fn(x_gamma, gamma) if timed else field_fn(x_gamma)
+  return _residual_loss(answer, noise - data, has_aux)
 
 
 def dispersive_loss(tokens: jax.Array) -> jax.Array:
@@ -151,5 +163,7 @@ def _per_sample(value: jax.Array, like: jax.Array) -> jax.Array:
   return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
-def _mean_square(residual: jax.Array) -> jax.Array:
-  return jnp.mean(residual**2, axis=range(1, residual.ndim))
+def _residual_loss(answer, target: jax.Array, has_aux: bool):
+  f, *aux = answer if has_aux else (answer,)
+  loss_B = jnp.mean((f - target) ** 2, axis=range(1, target.ndim))
+  return (loss_B, *aux) if has_aux else loss_B

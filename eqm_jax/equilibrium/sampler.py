@@ -146,6 +146,12 @@ def _advance(state: DescentState, f, active_B, threshold_B, step_size, transform
   )
 
 
+def start_noise(key: jax.Array, index_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Standard normal noise [B, *shape]; sample i's depends on (key, index_B[i]) alone."""
+  keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(index_B))
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
+
+
 def _check(x0, step_size, momentum, rule, max_evaluations, threshold) -> jax.Array:
   """Refuses what cannot work; returns x0 in the sampler's type, float32 or wider."""
   x0 = jnp.asarray(x0)

@@ -2,12 +2,14 @@
 
 import datetime
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
 
 import tensorboardX
-from absl import logging
+
+log = logging.getLogger(__name__)
 
 
 class MetricWriter:
@@ -36,7 +38,7 @@ class MetricWriter:
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
     text = "  ".join(f"{name} {value:.5g}" for name, value in scalars.items())
-    logging.info("step %d/%d  %s%s", step, self._last_step, text, progress)
+    log.info("step %d/%d  %s%s", step, self._last_step, text, progress)
 
   def close(self):
     self._file.close()

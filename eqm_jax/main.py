@@ -1,0 +1,83 @@
+"""python -m eqm_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train]"""
+
+import logging
+import os
+import sys
+
+import absl.logging
+from absl import app, flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); file.py:variant chooses a variant.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, evaluation.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train: to the end, then evaluate. evaluate: what is there.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model to evaluate, if not the workdir's: anything eqm_jax.load reads.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+log = logging.getLogger("eqm_jax")
+
+
+def main(argv: list[str]):
+  if len(argv) > 1:
+    raise ValueError(f"arguments that are no flags: {' '.join(argv[1:])}")
+  _log_to_stderr()
+  config, workdir = CONFIG.value, os.path.abspath(WORKDIR.value)
+  # Imported here, so that a mistyped flag is told at once.
+  from eqm_jax.training import train
+
+  if MODE.value == "train" and not train.train(config, workdir):
+    return  # stopped by SIGTERM, and saved
+  if config.evaluation.samples:
+    _evaluate(config, workdir)
+
+
+def _log_to_stderr():
+  """Our own lines at level INFO; the libraries' (through absl) from WARNING on."""
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+  log.addHandler(handler)
+  log.setLevel(logging.INFO)
+  log.propagate = False
+
+
+def _evaluate(config, workdir: str):
+  from eqm_jax.data import sources
+  from eqm_jax.evaluation import evaluate
+  from eqm_jax.training import pretrained, sharding
+
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.batch_sharding(mesh, config.evaluation.batch_size)
+  source = sources.open_source(config.data.source, config.data.options.to_dict())
+  model = pretrained.load(CHECKPOINT.value or workdir, weights=config.evaluation.weights)
+  directory = os.path.join(workdir, "evaluation")
+  evaluate.evaluate(config, model.model, model.params, source, mesh, directory)
+  log.info("figures and pictures: %s", directory)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError) as error:  # of a ConfigDict, which names the nearest key
+    sys.exit(f"error: unknown key in the config: {_plain(str(error))}")
+  except (flags.Error, ValueError, OSError) as error:  # of a config file, with its traceback in the text
+    sys.exit(f"error: {_plain(str(error).split('Error: ')[-1])}")
+
+
+def _plain(text: str) -> str:
+  """One line without the quotes and escapes of nested exceptions."""
+  return " ".join(text.replace("\\n", " ").replace("\\", "").replace("'", "").replace('"', "").split())
+
+
+def run():
+  """The entry point: what a user can mend is told in one line, without a traceback."""
+  try:
+    app.run(main, flags_parser=_parse_flags)
+  except (ValueError, FloatingPointError, OSError) as error:
+    if os.environ.get("EQM_JAX_TRACEBACK"):
+      raise
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,118 @@
+"""Every call of Orbax: the checkpoints of a run, and plain directories of parameters.
+
+A checkpoint holds `state` (step, params, ema_params, opt_state) and `data` (the
+position of the input iterator), so that a resumed run ends with the bits of one
+that was never stopped. Orbax writes a checkpoint aside and renames it, so a killed
+save leaves the previous ones whole.
+"""
+
+import contextlib
+import os
+from typing import Any
+
+import grain
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+
+DIRECTORY = "checkpoints"
+
+
+def open_manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
+  """The checkpoints of a run: written asynchronously, the newest `keep` of them kept.
+
+  Without `keep` nothing is made or removed, which is what a reader wants.
+  """
+  if keep is None:
+    options = ocp.CheckpointManagerOptions(create=False)
+  elif keep < 1:
+    raise ValueError(f"checkpoint.keep = {keep} must be at least 1")
+  else:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+  handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+  directory = os.path.abspath(os.path.join(workdir, DIRECTORY))
+  return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: grain.DatasetIterator):
+  """Starts saving; returns once the device's arrays are copied and may be donated."""
+  args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=grain.checkpoint.CheckpointSave(iterator))
+  # `force`: the caller decides when to save.
+  manager.save(step, args=args, force=True)
+
+
+def restore(manager: ocp.CheckpointManager, step: int, shapes: Any, iterator: grain.DatasetIterator) -> Any:
+  """The state saved at `step`, placed as `shapes` (ShapeDtypeStructs with shardings) says.
+
+  Sets the iterator back to where it was.
+
+  Raises:
+    ValueError: if the checkpoint holds other arrays than `shapes`.
+  """
+  _check_shapes(f"{manager.directory}/{step}", manager.item_metadata(step).state, shapes)
+  state_args = ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes))
+  args = ocp.args.Composite(state=state_args, data=grain.checkpoint.CheckpointRestore(iterator))
+  return manager.restore(step, args=args).state
+
+
+def restore_params(workdir: str, name: str, shapes: Any) -> Any:
+  """One parameter tree, `params` or `ema_params`, of a run's newest checkpoint, on the first device.
+
+  Raises:
+    ValueError: if the run has no checkpoint, or one of a model of other shapes.
+  """
+  if not os.path.isdir(os.path.join(workdir, DIRECTORY)):
+    raise ValueError(f"{workdir}: no {DIRECTORY} in it; was it trained?")
+  with contextlib.closing(open_manager(workdir)) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise ValueError(f"{workdir}: no finished checkpoint in {manager.directory}")
+    _check_shapes(f"{manager.directory}/{step}", manager.item_metadata(step).state, {name: shapes})
+    return manager.restore(step, args=ocp.args.Composite(state=_partial_restore({name: shapes}))).state[name]
+
+
+def write_tree(directory: str, tree: Any):
+  """Writes a tree of arrays that Orbax alone can read back."""
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save(os.path.abspath(directory), tree)
+
+
+def read_tree(directory: str, shapes: Any) -> Any:
+  """Reads a tree of arrays onto the first device.
+
+  Raises:
+    ValueError: if it is not there, is damaged, or has other shapes.
+  """
+  directory = os.path.abspath(directory)
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    try:
+      metadata = checkpointer.metadata(directory).item_metadata
+    except FileNotFoundError as error:
+      raise ValueError(f"{directory}: not an Orbax checkpoint, or a damaged one ({error})") from error
+    _check_shapes(directory, metadata, shapes)
+    return checkpointer.restore(directory, args=_partial_restore(shapes))
+
+
+def _partial_restore(shapes: Any) -> ocp.args.PyTreeRestore:
+  """Asks for the arrays in `shapes`, of all that a checkpoint holds, on the first device."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+  restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
+  return ocp.args.PyTreeRestore(placed, restore_args=restore_args, partial_restore=True)
+
+
+def _check_shapes(directory: str, metadata: Any, expected: Any):
+  if metadata is None or metadata.tree is None:
+    raise ValueError(f"{directory}: a damaged checkpoint: its metadata is missing")
+  saved = _named(metadata.tree)
+  for name, shape in _named(expected).items():
+    if name not in saved:
+      raise ValueError(f"{directory}: has no {name}; it was saved by a model of another kind")
+    if saved[name] != shape:
+      raise ValueError(f"{directory}: {name} has shape {saved[name]}, but the model expects {shape}")
+
+
+def _named(tree: Any) -> dict[str, tuple[int, ...]]:
+  """{"params/blocks/qkv/kernel": shape, ...}, whatever containers the tree is made of."""
+  flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))[0]
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in flat}

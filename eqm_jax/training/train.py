@@ -1,0 +1,226 @@
+"""Trains one model: config and workdir in, checkpoints and metrics out."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import clu.parameter_overview
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from eqm_jax.data import pipeline, sources
+from eqm_jax.equilibrium import objective
+from eqm_jax.files import read_json, write_json
+from eqm_jax.networks.dit import DiT
+from eqm_jax.training import checkpoint, metrics, pretrained, sharding
+from eqm_jax.training import state as state_lib
+
+log = logging.getLogger(__name__)
+
+# What may differ between a run and its continuation: it does not touch the parameters.
+FREE_SECTIONS = ("checkpoint", "evaluation", "samplers")
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
+  """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
+
+  Returns:
+    True when trained to the end; False when SIGTERM came first, after saving.
+
+  Raises:
+    ValueError: before compilation, if something in the config does not fit.
+    FloatingPointError: if the loss stops being finite; names the step.
+  """
+  # ---------------------------------------------------------------- what is asked
+  source = sources.open_source(config.data.source, config.data.options.to_dict())
+  model = DiT(**config.model)
+  _check_fits(config, model, source)
+  schedule = objective.Schedule(**config.objective.schedule)
+  steps, batch_size = config.train.steps, config.train.batch_size
+  optimizer = state_lib.make_optimizer(config.optimizer, steps)
+  mesh = sharding.make_mesh(**config.mesh)
+  batch_sharding = sharding.batch_sharding(mesh, batch_size)
+  _claim(workdir, config)
+
+  # ---------------------------------------------------------------- state: shapes → shardings → jitted init
+  init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
+  shapes = jax.eval_shape(init)
+  shardings = sharding.tree_shardings(shapes, config.sharding.rules, mesh)
+  log.info("model\n%s", clu.parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
+  log.info("devices: %d × %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
+
+  data = pipeline.batches(
+    source,
+    batch_size=batch_size,
+    seed=config.seed,
+    flip=config.data.flip,
+    threads=config.data.threads,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
+  first_step = manager.latest_step() or 0
+  if first_step:
+    placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+    state = checkpoint.restore(manager, first_step, placed, data)
+    log.info("resumed from step %d", first_step)
+  else:
+    state = jax.jit(init, out_shardings=shardings)()
+
+  # ---------------------------------------------------------------- one step
+  def step_fn(state, batch):
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    loss_fn = functools.partial(batch_loss, model, config.objective, schedule, batch, key)
+    loss, gradient = jax.value_and_grad(loss_fn)(state.params)
+    scalars = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+    return state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay), scalars
+
+  step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+  # ---------------------------------------------------------------- the loop
+  zero_loss = _loss_scale(config.objective, schedule)
+  learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
+  writer = metrics.MetricWriter(workdir, first_step=first_step, last_step=steps, batch_size=batch_size)
+
+  def report(step, scalars):
+    """Fetches one step's metrics, a step late so that the device always has work queued."""
+    scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+    if not all(np.isfinite(value) for value in scalars.values()):
+      seen = ", ".join(f"{name} = {value}" for name, value in scalars.items())
+      raise FloatingPointError(f"step {step}: {seen}; stopped. The newest checkpoint is that of step {manager.latest_step()}")
+    if step % config.train.log_every == 0 or step in (1, steps):
+      relative = scalars["loss"] / zero_loss
+      writer.write(step, {**scalars, "relative_loss": relative, "learning_rate": float(learning_rate(step - 1))})
+
+  with contextlib.closing(manager), contextlib.closing(writer), _sigterm() as stopped:
+    pending = None
+    for step in range(first_step + 1, steps + 1):
+      batch = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, batch_sharding), next(data))
+      state, scalars = step_fn(state, batch)
+      if pending:
+        report(*pending)
+      pending = step, scalars
+      stopping = stopped.is_set()
+      if step % config.checkpoint.every == 0 or step == steps or stopping:
+        report(*pending)  # nothing that is not finite gets into a checkpoint
+        pending = None
+        checkpoint.save(manager, step, state, data)
+      if stopping:
+        log.info("SIGTERM: saved step %d", step)
+        return False
+  return True
+
+
+def batch_loss(
+  model: DiT,
+  config: ml_collections.ConfigDict,
+  schedule: objective.Schedule,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  params: Any,
+) -> jax.Array:
+  """The loss of one batch, a scalar; `config` is the objective section.
+
+  All randomness is drawn here, for the global batch, from the one key of the step.
+  """
+  key_data, key_gamma, key_noise, key_label = jax.random.split(key, 4)
+  data_BxHxWxC = draw_data(batch, key_data)
+  gamma_B = jax.random.uniform(key_gamma, data_BxHxWxC.shape[:1])
+  noise_BxHxWxC = jax.random.normal(key_noise, data_BxHxWxC.shape)
+  dropped_B = jax.random.bernoulli(key_label, config.label_dropout, gamma_B.shape)
+  label_B = jnp.where(dropped_B, model.num_classes, batch["label"])
+
+  def field_fn(x_BxHxWxC, *gamma):  # → f, and the tokens for the dispersive loss
+    return model.apply({"params": params}, x_BxHxWxC, label_B, *gamma, return_tokens=True)
+
+  if config.kind == "equilibrium":
+    loss_B, tokens = objective.equilibrium_loss(field_fn, data_BxHxWxC, noise_BxHxWxC, gamma_B, schedule, has_aux=True)
+  else:
+    loss_B, tokens = objective.flow_matching_loss(
+      field_fn, data_BxHxWxC, noise_BxHxWxC, gamma_B, timed=model.time_input, has_aux=True
+    )
+  loss = jnp.mean(loss_B)
+  if config.dispersive_weight:
+    loss += config.dispersive_weight * objective.dispersive_loss(tokens)
+  return loss
+
+
+def draw_data(batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+  """The batch's images, or latents drawn from the autoencoder's posterior N(mean, exp(logvar))."""
+  if "image" in batch:
+    return batch["image"]
+  return batch["mean"] + jnp.exp(batch["logvar"] / 2) * jax.random.normal(key, batch["mean"].shape)
+
+
+def _loss_scale(config: ml_collections.ConfigDict, schedule: objective.Schedule) -> float:
+  """E[c²], which makes losses comparable; flow matching has c ≡ 1."""
+  return objective.mean_square_magnitude(schedule) if config.kind == "equilibrium" else 1.0
+
+
+def _check_fits(config: ml_collections.ConfigDict, model: DiT, source: sources.Source):
+  if source.shape != model.input_shape:
+    raise ValueError(
+      f"data.source {config.data.source!r} has samples of shape {source.shape}, but the model takes {model.input_shape}: "
+      "set model.input_size and model.channels"
+    )
+  if source.num_classes != model.num_classes:
+    raise ValueError(f"model.num_classes = {model.num_classes}, but {config.data.source!r} has {source.num_classes} classes")
+  if config.objective.kind not in ("equilibrium", "flow_matching"):
+    raise ValueError(f"objective.kind = {config.objective.kind!r} is neither 'equilibrium' nor 'flow_matching'")
+  if config.objective.kind == "equilibrium" and model.time_input:
+    raise ValueError("objective.kind = 'equilibrium' trains a field without time: set model.time_input = False")
+  if not 0 <= config.objective.label_dropout <= 1:
+    raise ValueError(f"objective.label_dropout = {config.objective.label_dropout} must lie in [0, 1]")
+  if not 0 <= config.optimizer.ema_decay < 1:
+    raise ValueError(f"optimizer.ema_decay = {config.optimizer.ema_decay} must lie in [0, 1)")
+  for name, value in (("train.steps", config.train.steps), ("train.log_every", config.train.log_every)):
+    if value < 1:
+      raise ValueError(f"{name} = {value} must be at least 1")
+  if config.checkpoint.every < 1:
+    raise ValueError(f"checkpoint.every = {config.checkpoint.every} must be at least 1")
+
+
+def _claim(workdir: str, config: ml_collections.ConfigDict):
+  """Records the config in the workdir, or refuses a workdir that holds another run."""
+  os.makedirs(workdir, exist_ok=True)
+  path = os.path.join(workdir, pretrained.CONFIG)
+  given = json.loads(config.to_json())
+  if os.path.exists(path):
+    saved = read_json(path)
+    differences = [
+      f"{name}: {was!r} there, {now!r} given"
+      for name, was, now in _differences(saved, given)
+      if name.split(".")[0] not in FREE_SECTIONS
+    ]
+    if differences:
+      raise ValueError(f"{workdir} holds a run with another config: {'; '.join(differences)}. Choose another --workdir")
+  write_json(path, given)
+
+
+def _differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+  """(path, value in a, value in b) wherever two nested dicts differ."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    for key in sorted(a.keys() | b.keys()):
+      yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+  elif a != b:
+    yield name, a, b
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+  """An event that SIGTERM sets, instead of killing the process."""
+  stopped = threading.Event()
+  previous = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+  try:
+    yield stopped
+  finally:
+    signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,52 @@
+"""Shared fixtures: configs by name, the authors' numbers, and a model small enough to compile often."""
+
+import pathlib
+import runpy
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+HEADS = {"eqm_tiny": 4, "eqm_tiny_p4": 3}  # what the .pt files cannot tell
+
+
+def load_config(name: str, variant: str = "") -> ml_collections.ConfigDict:
+  return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
+
+
+class Reference:
+  """Numbers computed by the authors' code, in our layout (NHWC) and our sign (f = −out)."""
+
+  def __init__(self, name: str):
+    self.name, self.heads = name, HEADS[name]
+    self.checkpoint = ROOT / "tests" / "reference" / f"{name}.pt"
+    self.arrays = np.load(ROOT / "tests" / "reference" / f"{name}.npz")
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    return self.arrays[key]
+
+  def image(self, key: str, dtype=np.float64) -> jnp.ndarray:
+    """An array of images, ..., C, H, W → ..., H, W, C."""
+    return jnp.asarray(np.moveaxis(self.arrays[key], -3, -1), dtype)
+
+  def label(self, key: str) -> jnp.ndarray:
+    return jnp.asarray(self.arrays[key], jnp.int32)
+
+
+@pytest.fixture(params=list(HEADS))
+def reference(request) -> Reference:
+  return Reference(request.param)
+
+
+@pytest.fixture
+def tiny_config() -> ml_collections.ConfigDict:
+  """The digits, with a network and a run of the smallest useful size."""
+  config = load_config("digits", "smoke")
+  config.model.update(width=16, depth=2, num_heads=2, unroll=2)
+  config.train.update(steps=12, batch_size=8, log_every=4)
+  config.checkpoint.every = 4
+  config.optimizer.warmup_steps = 2
+  config.evaluation.update(samples=20, batch_size=10)
+  return config

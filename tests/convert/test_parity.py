@@ -1,0 +1,108 @@
+"""Agreement with the authors' code. `pytest tests/convert/test_parity.py -s` prints the table.
+
+In float32 to 1e-5 of the largest value, in float64 to 1e-10; the gradients are stored
+in float32, so 1e-6 is all that float64 can show for them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqm_jax
+from eqm_jax.convert import reference as convert
+from eqm_jax.equilibrium import objective
+
+SHIPPED = objective.Schedule()
+
+
+def computed(reference, dtype):
+  """[(name, ours, theirs)] for every array that is compared."""
+  image = functools.partial(reference.image, dtype=dtype)
+  pretrained = {
+    weights: eqm_jax.load(reference.checkpoint, weights=weights, num_heads=reference.heads, dtype=np.dtype(dtype).name)
+    for weights in ("model", "ema")
+  }
+  model = pretrained["model"].model
+  params, ema = (jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), pretrained[w].params) for w in ("model", "ema"))
+  field_fn = functools.partial(eqm_jax.implicit_field, model, params)
+  apply = jax.jit(lambda field_fn, x: field_fn(x))
+  label, guided_label = reference.label("y"), reference.label("y_guided")
+  null = jnp.full_like(guided_label, model.num_classes)
+  x = image("x")
+  rows = [("forward", apply(field_fn(label), x), -image("forward"))]
+  if "forward_ema" in reference.arrays:
+    rows.append(("forward_ema", apply(eqm_jax.implicit_field(model, ema, label), x), -image("forward_ema")))
+  rows.append(("forward_cond", apply(field_fn(guided_label), x), -image("forward_cond")))
+  rows.append(("forward_null", apply(field_fn(null), x), -image("forward_null")))
+  for scale in (1.5, 4.0):
+    guided = field_fn(guided_label, guidance=scale, guidance_channels=3)
+    rows.append((f"guided_3ch_{scale}", apply(guided, x), -image(f"guided_3ch_{scale}")))
+
+  gamma = jnp.asarray(reference["gamma"], dtype)
+  rows.append(("c_of_gamma", eqm_jax.magnitude(gamma, SHIPPED), reference["c_of_gamma"]))
+  data, noise = image("train_data"), image("train_noise")
+  gamma, train_label = jnp.asarray(reference["train_gamma"], dtype), reference.label("train_y")
+  rows.append(("xt", eqm_jax.corrupt(data, noise, gamma), image("xt")))
+  rows.append(("target", objective.target_gradient(data, noise, gamma, SHIPPED), -image("target")))
+  rows += losses(reference, model, params, data, noise, gamma, train_label)
+
+  for scale in (1.0, 1.5):
+    for name, rule, momentum in (("gd", "gd", 0.0), ("ngd", "nag", float(reference["mu"]))):
+      descend = functools.partial(
+        eqm_jax.descend, field_fn(guided_label, guidance=scale, guidance_channels=3), image("z"),
+        step_size=float(reference["eta"]), momentum=momentum, rule=rule,
+      )  # fmt: skip
+      path = jnp.stack([image("z"), *(descend(max_evaluations=k).x for k in range(1, 11))])
+      rows.append((f"traj_{name}_{scale}", path, image(f"traj_{name}_{scale}")))
+  return rows
+
+
+def losses(reference, model, params, data, noise, gamma, label):
+  def loss(params, weight):
+    def field_fn(x):
+      return model.apply({"params": params}, x, label, return_tokens=True)
+
+    loss_B, tokens = objective.equilibrium_loss(field_fn, data, noise, gamma, SHIPPED, has_aux=True)
+    dispersive = objective.dispersive_loss(tokens)
+    return jnp.mean(loss_B) + weight * dispersive, (loss_B, dispersive)
+
+  rows = []
+  value_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  for name, weight in (("none", 0.0), ("none_disp", 0.5)):
+    (total, (loss_B, dispersive)), gradient = value_and_gradient(params, weight)
+    rows.append((f"loss_{name}", total, reference[f"loss_{name}"]))
+    rows.append((f"loss_per_sample_{name}", loss_B, reference[f"loss_per_sample_{name}"]))
+    # The last layer is negated in theirs, and its gradient with it: the conversion does both.
+    for parameter, ours in convert.to_state_dict(model, gradient).items():
+      if parameter != convert.POSITIONS:
+        rows.append((f"grad_{name}/{parameter}", ours, reference[f"grad_{name}/{parameter}"]))
+  rows.append(("dispersive", dispersive, reference["dispersive"]))
+  return rows
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-10)], ids=["float32", "float64"])
+def test_every_array_agrees(reference, dtype, tolerance):
+  with jax.enable_x64(dtype == np.float64):
+    rows = computed(reference, dtype)
+  print(f"\n{reference.name}, {np.dtype(dtype).name}: array, largest error relative to the largest value")
+  wrong = []
+  for name, ours, theirs in rows:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, name
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    allowed = max(tolerance, 1e-6) if name.startswith("grad_") else tolerance
+    print(f"  {name:58s} {error:8.1e}")
+    if not error <= allowed:
+      wrong.append((name, error))
+  assert not wrong
+  compared = {name for name, _, _ in rows}
+  explicit = ("energy", "field_dot", "field_l2", "loss_dot", "loss_l2", "loss_per_sample_dot", "loss_per_sample_l2")
+  inputs = {"x", "y", "y_guided", "gamma", "z", "eta", "mu", "config"}
+  left = [
+    key for key in reference.arrays
+    if key not in compared | inputs and not key.startswith(("train_", "grad_dot", "grad_l2", *explicit))
+  ]  # fmt: skip
+  assert not left, f"not compared: {left}"

@@ -1,0 +1,80 @@
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqm_jax.equilibrium import objective
+from eqm_jax.equilibrium.objective import Schedule
+
+
+def test_released_magnitude_at_the_papers_points():
+  gamma = jnp.asarray([0.0, 0.2, 0.5, 0.8, 0.9, 1.0])
+  np.testing.assert_allclose(objective.magnitude(gamma), [4, 4, 4, 4, 2, 0], atol=1e-6)
+
+
+@hypothesis.given(
+  kind=st.sampled_from(objective.KINDS), a=st.floats(0.05, 0.95), b=st.floats(1, 4), multiplier=st.floats(0.1, 8)
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_mean_square_is_the_integral_of_the_magnitude(kind, a, b, multiplier):
+  schedule = Schedule(kind, a, b, multiplier)
+  gamma = np.linspace(0, 1, 20_001)
+  c = np.asarray(objective.magnitude(jnp.asarray(gamma), schedule), np.float64)
+  np.testing.assert_allclose(objective.mean_square_magnitude(schedule), np.trapezoid(c**2, gamma), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", objective.KINDS)
+def test_data_are_stationary_except_for_the_constant_schedule(kind):
+  at_data = objective.magnitude(jnp.ones(()), Schedule(kind))
+  assert at_data == (4 if kind == "constant" else 0)
+
+
+def test_piecewise_is_continuous_and_starts_at_b():
+  schedule = Schedule("piecewise", a=0.6, b=3.0, multiplier=2.0)
+  before, at, after = objective.magnitude(jnp.asarray([0.5999, 0.6, 0.6001]), schedule)
+  np.testing.assert_allclose([before, after], [at, at], rtol=1e-3)
+  assert objective.magnitude(jnp.zeros(()), schedule) == 6.0
+
+
+def test_zero_network_has_the_expected_loss():
+  rng = np.random.default_rng(0)
+  data, noise = (jnp.asarray(rng.normal(size=(4000, 4, 4, 1)), jnp.float32) for _ in range(2))
+  gamma = jnp.asarray(rng.uniform(size=4000), jnp.float32)
+  loss_B = objective.equilibrium_loss(jnp.zeros_like, data, noise, gamma, Schedule())
+  np.testing.assert_allclose(loss_B.mean(), 2 * objective.mean_square_magnitude(Schedule()), rtol=0.03)
+
+
+def test_untimed_flow_matching_is_equilibrium_matching_with_constant_magnitude():
+  rng = np.random.default_rng(0)
+  data, noise = (jnp.asarray(rng.normal(size=(5, 4, 4, 1)), jnp.float32) for _ in range(2))
+  gamma = jnp.asarray(rng.uniform(size=5), jnp.float32)
+  flow = objective.flow_matching_loss(jnp.sin, data, noise, gamma, timed=False)
+  np.testing.assert_allclose(
+    flow, objective.equilibrium_loss(jnp.sin, data, noise, gamma, Schedule("constant", multiplier=1.0)), rtol=1e-6
+  )
+  timed = objective.flow_matching_loss(
+    lambda x, g: jnp.sin(x) + g[:, None, None, None], data, noise, gamma, timed=True
+  )
+  assert not np.allclose(flow, timed)
+
+
+def test_dispersive_loss_is_that_of_its_formula():
+  tokens = np.random.default_rng(0).normal(size=(3, 2, 5))
+  z = tokens.reshape(3, 10)
+  pairs = [np.exp(-np.sum((a - b) ** 2) / 10) for a in z for b in z]
+  np.testing.assert_allclose(objective.dispersive_loss(jnp.asarray(tokens)), np.log(np.mean(pairs)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "arguments, text",
+  [
+    (dict(kind="cosine"), "cosine"),
+    (dict(a=1.0), "a = 1.0"),
+    (dict(kind="piecewise", a=0.0), "a = 0.0"),
+    (dict(multiplier=0.0), "multiplier = 0.0"),
+  ],
+)
+def test_bad_schedule_is_refused(arguments, text):
+  with pytest.raises(ValueError, match=text):
+    Schedule(**arguments)

@@ -1,0 +1,130 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from eqm_jax.equilibrium import sampler
+from eqm_jax.equilibrium.sampler import BUDGET, CONVERGED, DIVERGED, descend
+
+X0 = jnp.asarray([[4.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+
+
+def bowl(x):
+  """∇ of 5‖x‖²: gradient descent multiplies x by (1 − 10η) at each step."""
+  return 10 * x
+
+
+def test_gd_takes_the_steps_of_its_formula():
+  result = descend(bowl, X0, step_size=0.02, rule="gd", max_evaluations=7)
+  np.testing.assert_allclose(result.x, X0 * 0.8**7, rtol=1e-6)
+  np.testing.assert_allclose(result.norm_B, 10 * np.linalg.norm(X0 * 0.8**6, axis=1), rtol=1e-5)
+  assert result.evaluations_B.tolist() == [7, 7, 7]
+  assert result.status_B.tolist() == [BUDGET] * 3
+
+
+def test_nag_looks_ahead_along_the_last_displacement_and_updates_from_x():
+  x, previous = X0, X0
+  for _ in range(6):
+    x, previous = x - 0.02 * bowl(x + 0.4 * (x - previous)), x
+  result = descend(bowl, X0, step_size=0.02, momentum=0.4, rule="nag", max_evaluations=6)
+  np.testing.assert_allclose(result.x, x, rtol=1e-5)
+
+
+def test_each_sample_stops_at_its_own_threshold_and_is_frozen():
+  thresholds = jnp.asarray([20.0, 1.0, 5.0])
+  result = descend(bowl, X0, step_size=0.02, rule="gd", max_evaluations=100, threshold=thresholds)
+  for x0, threshold, x, evaluations, norm in zip(X0, thresholds, result.x, result.evaluations_B, result.norm_B):
+    alone = descend(bowl, x0[None], step_size=0.02, rule="gd", max_evaluations=100, threshold=threshold)
+    np.testing.assert_array_equal(alone.x[0], x)
+    assert alone.evaluations_B[0] == evaluations
+    assert norm <= threshold < norm / 0.8
+    # The last evaluation found the gradient small and moved nothing: the norm is that of the result.
+    np.testing.assert_allclose(jnp.linalg.norm(bowl(x)), norm, rtol=1e-5)
+  assert result.status_B.tolist() == [CONVERGED] * 3
+
+
+def test_a_sample_that_diverges_keeps_its_last_finite_place_and_harms_no_other():
+  def field_fn(x):
+    return jnp.where(x[:, :1] > 3, jnp.nan, bowl(x))
+
+  result = descend(field_fn, X0, step_size=0.02, rule="gd", max_evaluations=100, threshold=1e-3)
+  assert result.status_B.tolist() == [DIVERGED, CONVERGED, CONVERGED]
+  assert result.evaluations_B[0] == 1
+  np.testing.assert_array_equal(result.x[0], X0[0])
+
+
+def test_too_large_a_step_is_reported_as_divergence():
+  result = descend(bowl, X0, step_size=1e6, rule="gd", max_evaluations=100)
+  assert result.status_B.tolist() == [DIVERGED] * 3
+  assert np.all(np.isfinite(result.x))
+
+
+def test_optax_updates_are_scaled_by_the_step_size():
+  plain = descend(bowl, X0, step_size=0.02, rule="gd", max_evaluations=5)
+  through_optax = descend(bowl, X0, step_size=0.02, rule=optax.sgd(1.0), max_evaluations=5)
+  np.testing.assert_allclose(through_optax.x, plain.x, rtol=1e-6)
+
+
+def test_optax_state_belongs_to_each_sample():
+  rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+  together = descend(bowl, X0, step_size=1.0, rule=rule, max_evaluations=200, threshold=1.0)
+  for i in range(3):
+    alone = descend(bowl, X0[i : i + 1], step_size=1.0, rule=rule, max_evaluations=200, threshold=1.0)
+    np.testing.assert_allclose(alone.x[0], together.x[i], atol=1e-6)
+  assert together.status_B.tolist() == [CONVERGED] * 3
+
+
+def test_weights_budget_and_threshold_are_arguments_not_constants():
+  calls = []
+
+  @jax.tree_util.Partial
+  def counted(x):
+    calls.append(1)
+    return bowl(x)
+
+  def traces(**arguments):
+    calls.clear()
+    descend(counted, X0, rule="nag", **arguments)
+    return len(calls)
+
+  assert traces(step_size=0.02, max_evaluations=5) > 0
+  assert traces(step_size=0.01, momentum=0.3, max_evaluations=9, threshold=2.0) == 0
+  field = jax.tree_util.Partial(lambda weight, x: weight * x, jnp.asarray(10.0))
+  other = jax.tree_util.Partial(field.func, jnp.asarray(5.0))
+  before = sampler._descend._cache_size()
+  first, second = (descend(f, X0, step_size=0.02, rule="gd", max_evaluations=3).x for f in (field, other))
+  assert sampler._descend._cache_size() == before + 1
+  assert not np.allclose(first, second)
+
+
+def test_state_is_float32_even_from_bfloat16():
+  assert descend(bowl, X0.astype(jnp.bfloat16), step_size=0.02, max_evaluations=2).x.dtype == jnp.float32
+
+
+def test_start_noise_depends_on_key_and_index_alone():
+  noise = sampler.start_noise(jax.random.key(3), np.arange(6), (2, 2, 1))
+  np.testing.assert_array_equal(sampler.start_noise(jax.random.key(3), np.asarray([5, 2]), (2, 2, 1)), noise[jnp.asarray([5, 2])])
+  assert len(np.unique(noise[:, 0, 0, 0])) == 6
+  assert not np.allclose(sampler.start_noise(jax.random.key(4), np.arange(6), (2, 2, 1)), noise)
+
+
+@pytest.mark.parametrize(
+  "arguments, text",
+  [
+    (dict(step_size=0.0), "step_size = 0.0"),
+    (dict(step_size=-0.1), "step_size = -0.1"),
+    (dict(step_size=float("nan")), "step_size = nan"),
+    (dict(momentum=1.0), "momentum = 1.0"),
+    (dict(momentum=-0.1), "momentum = -0.1"),
+    (dict(momentum=0.3, rule="gd"), "rule 'gd' takes none"),
+    (dict(rule="adam"), "'adam' is not known"),
+    (dict(max_evaluations=0), "max_evaluations = 0"),
+    (dict(threshold=-1.0), "threshold = -1.0"),
+    (dict(threshold=jnp.ones(2)), "3 samples"),
+    (dict(x0=jnp.ones((3, 2), jnp.int32)), "int32"),
+  ],
+)
+def test_bad_input_is_refused(arguments, text):
+  with pytest.raises(ValueError, match=text):
+    descend(bowl, **{"x0": X0, "step_size": 0.1, "max_evaluations": 3, **arguments})

@@ -1,0 +1,162 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqm_jax.networks import dit
+from eqm_jax.networks.dit import DiT
+
+TINY = dict(input_size=8, channels=3, patch_size=2, width=16, depth=3, num_heads=2, num_classes=5)
+X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+LABELS = jnp.asarray([1, 5])
+
+# Parameters as the reference counts them: with the fixed position table and the unused second output half.
+PUBLISHED = {
+  "S/2": 32_963_360, "B/2": 130_512_416, "L/2": 458_102_816, "XL/2": 675_129_632, "B/4": 130_475_648, "B/8": 130_881_536,
+}  # fmt: skip
+
+
+def published(name: str, **overrides) -> DiT:
+  size, patch = name.split("/")
+  depth, width, num_heads = dit.SIZES[size]
+  sizes = dict(depth=depth, width=width, num_heads=num_heads, patch_size=int(patch))
+  return DiT(**{**sizes, "input_size": 32, "channels": 4, "num_classes": 1000, **overrides})
+
+
+@functools.cache
+def initialised(**overrides):
+  model = DiT(**{**TINY, **overrides})
+  gamma = (jnp.zeros(2),) if model.time_input else ()
+  params = jax.jit(model.init)(jax.random.key(0), X, LABELS, *gamma)["params"]
+  # At the start the blocks are the identity and the answer is zero: noise makes every parameter count.
+  keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+  keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+  return model, jax.tree.map(lambda p, key: p + 0.05 * jax.random.normal(key, p.shape), params, keys)
+
+
+@pytest.mark.parametrize("name, expected", PUBLISHED.items())
+def test_parameter_counts_are_the_published_ones(name, expected):
+  model = published(name)
+  counted = sum(leaf.size for leaf in jax.tree.leaves(dit.parameter_shapes(model)))
+  positions = (model.input_size // model.patch_size) ** 2 * model.width
+  unused_half = (model.width + 1) * model.patch_size**2 * model.channels
+  assert counted + positions + unused_half == expected
+  with_half = sum(leaf.size for leaf in jax.tree.leaves(dit.parameter_shapes(published(name, learn_sigma=True))))
+  assert with_half + positions == expected
+
+
+@pytest.mark.parametrize("size", dit.SIZES)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_every_published_size_has_the_shape_of_its_input(size, patch):
+  model = published(f"{size}/{patch}")
+  shapes = dit.parameter_shapes(model)
+  f = jax.eval_shape(model.apply, {"params": shapes}, jnp.zeros((2, 32, 32, 4)), jnp.zeros(2, jnp.int32))
+  assert f.shape == (2, 32, 32, 4) and f.dtype == jnp.float32
+
+
+def test_a_new_network_answers_zero():
+  model = DiT(**TINY)
+  params = jax.jit(model.init)(jax.random.key(0), X, LABELS)["params"]
+  np.testing.assert_array_equal(model.apply({"params": params}, X, LABELS), 0)
+
+
+@pytest.mark.parametrize(
+  "overrides", [dict(unroll=3), dict(remat="full"), dict(remat="dots"), dict(remat="dots_no_batch", unroll=2)]
+)
+def test_unroll_and_remat_change_no_value_and_no_gradient(overrides):
+  model, params = initialised()
+
+  def loss(model, params):
+    return jnp.sum(model.apply({"params": params}, X, LABELS) ** 2)
+
+  other = model.clone(**overrides)
+  for a, b in zip(*(jax.tree.leaves(jax.jit(jax.grad(functools.partial(loss, m)))(params)) for m in (model, other))):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+  model, params = initialised()
+
+  def saved_elements(model):
+    _, backward = jax.vjp(lambda params: model.apply({"params": params}, X, LABELS), params)
+    return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+  none, dots, full = (saved_elements(model.clone(remat=remat)) for remat in ("none", "dots", "full"))
+  assert full < dots < none
+
+
+def test_label_and_null_class_change_the_answer():
+  model, params = initialised()
+  answers = [model.apply({"params": params}, X[:1], jnp.asarray([label])) for label in (0, 1, 5)]
+  assert not np.allclose(answers[0], answers[1]) and not np.allclose(answers[1], answers[2])
+
+
+def test_time_is_an_input_only_where_it_is_asked_for():
+  model, params = initialised(time_input=True)
+  early, late = (model.apply({"params": params}, X, LABELS, jnp.full(2, gamma)) for gamma in (0.1, 0.9))
+  assert not np.allclose(early, late)
+  # Time 0 is what a network without time input is fixed to.
+  untimed = model.clone(time_input=False).apply({"params": params}, X, LABELS)
+  np.testing.assert_allclose(untimed, model.apply({"params": params}, X, LABELS, jnp.zeros(2)), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_products_keep_float32_parameters_and_output():
+  model, params = initialised()
+  half = model.clone(dtype="bfloat16")
+  f = half.apply({"params": params}, X, LABELS)
+  assert f.dtype == jnp.float32
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(dit.parameter_shapes(half)))
+  full = model.apply({"params": params}, X, LABELS)
+  assert 0 < np.abs(f - full).max() < 0.05 * np.abs(full).max()
+
+
+def test_unpatchify_undoes_patchify():
+  np.testing.assert_array_equal(dit.unpatchify(dit.patchify(X, 4), 4, 3), X)
+  # Tokens go row by row, and inside a token rows come first, channels last.
+  assert dit.patchify(X, 4)[0, 1, 3] == X[0, 0, 5, 0]
+
+
+def test_attributes_rebuild_the_model():
+  model = DiT(**TINY, remat="dots")
+  assert DiT(**dit.attributes(model)) == model
+
+
+@pytest.mark.parametrize(
+  "overrides, text",
+  [
+    (dict(patch_size=3), "patch_size = 3 does not divide input_size = 8"),
+    (dict(num_heads=3), "num_heads = 3 does not divide width = 16"),
+    (dict(width=18, num_heads=2), "width = 18"),
+    (dict(depth=0), "depth = 0"),
+    (dict(remat="some"), "'some'.*none, dots"),
+    (dict(attention="flash"), "'flash'"),
+    (dict(dtype="float16"), "'float16'"),
+  ],
+)
+def test_attributes_that_do_not_fit_are_refused(overrides, text):
+  with pytest.raises(ValueError, match=text):
+    DiT(**{**TINY, **overrides})
+
+
+@pytest.mark.parametrize(
+  "x, label, gamma, text",
+  [
+    (X[..., :1], LABELS, None, r"\(2, 8, 8, 1\).*8, 8, 3"),
+    (X[:, :6, :6], LABELS, None, r"\(2, 6, 6, 3\)"),
+    (X, LABELS[:1], None, r"\(1,\).*2 samples"),
+    (X, LABELS.astype(jnp.float32), None, "float32"),
+    (X, LABELS, jnp.zeros(2), "time_input=False"),
+  ],
+)
+def test_arguments_that_do_not_fit_are_refused(x, label, gamma, text):
+  model, params = initialised()
+  with pytest.raises(ValueError, match=text):
+    model.apply({"params": params}, x, label, gamma)
+
+
+def test_a_timed_network_asks_for_its_time():
+  model, params = initialised(time_input=True)
+  with pytest.raises(ValueError, match="needs a time"):
+    model.apply({"params": params}, X, LABELS)
