@@ -10,8 +10,12 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); file.py:variant chooses a variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, evaluation.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train: to the end, then evaluate. evaluate: what is there.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model to evaluate, if not the workdir's: anything eqm_jax.load reads.")
+MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "evaluate"], "train: to the end, then evaluate. evaluate: what is there."
+)
+CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "Model to evaluate, if not the workdir's: anything eqm_jax.load reads."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 log = logging.getLogger("eqm_jax")
@@ -48,7 +52,7 @@ def _evaluate(config, workdir: str):
 
   mesh = sharding.make_mesh(**config.mesh)
   sharding.batch_sharding(mesh, config.evaluation.batch_size)
-  source = sources.open_source(config.data.source, config.data.options.to_dict())
+  source = sources.open_source(config.data.source, {**config.data.options})
   model = pretrained.load(CHECKPOINT.value or workdir, weights=config.evaluation.weights)
   directory = os.path.join(workdir, "evaluation")
   evaluate.evaluate(config, model.model, model.params, source, mesh, directory)

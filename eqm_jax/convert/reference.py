@@ -82,8 +82,15 @@ def export_reference(path: str | os.PathLike, model: dit.DiT, params: Any, *, le
     for name in ("weight", "bias"):
       array = state[f"final_layer.linear.{name}"]
       grouped = array.reshape(-1, model.channels, *array.shape[1:])
-      state[f"final_layer.linear.{name}"] = np.concatenate([grouped, np.zeros_like(grouped)], axis=1).reshape(-1, *array.shape[1:])
-  arguments = {"model": _published_name(model), "num_classes": model.num_classes, "uncond": not model.time_input, "num_heads": model.num_heads}
+      state[f"final_layer.linear.{name}"] = np.concatenate([grouped, np.zeros_like(grouped)], axis=1).reshape(
+        -1, *array.shape[1:]
+      )
+  arguments = {
+    "model": _published_name(model),
+    "num_classes": model.num_classes,
+    "uncond": not model.time_input,
+    "num_heads": model.num_heads,
+  }
   torch_file.write(path, {"model": state, "ema": state}, arguments)
 
 
@@ -95,7 +102,9 @@ def from_state_dict(model: dit.DiT, state: dict[str, Any], path: str | os.PathLi
   expected[POSITIONS] = (1, *table.shape)
   missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
   if missing or extra:
-    raise ValueError(f"{path}: not this network's state dict; missing: {missing[:3] or 'nothing'}; not known: {extra[:3] or 'nothing'}")
+    raise ValueError(
+      f"{path}: not this network's state dict; missing: {missing[:3] or 'nothing'}; not known: {extra[:3] or 'nothing'}"
+    )
   for name, shape in expected.items():
     if tuple(state[name].shape) != shape:
       raise ValueError(f"{path}: {name} has shape {tuple(state[name].shape)}, the model expects {shape}")
@@ -168,15 +177,26 @@ def _to_theirs(model: dit.DiT, array: np.ndarray, ours: str) -> np.ndarray:
 
 
 def _infer(path, state: dict[str, Any], arguments: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-  needed = ("x_embedder.proj.weight", POSITIONS, "y_embedder.embedding_table.weight", "final_layer.linear.weight", "blocks.0.mlp.fc1.weight")
+  needed = (
+    "x_embedder.proj.weight",
+    POSITIONS,
+    "y_embedder.embedding_table.weight",
+    "final_layer.linear.weight",
+    "blocks.0.mlp.fc1.weight",
+  )
   for name in needed:
     if name not in state:
-      raise ValueError(f"{path}: has no {name}: not a checkpoint of the EqM reference (its first names: {', '.join(list(state)[:3])})")
+      raise ValueError(
+        f"{path}: has no {name}: not a checkpoint of the EqM reference (its first names: {', '.join(list(state)[:3])})"
+      )
   width, channels, patch, _ = state["x_embedder.proj.weight"].shape
   depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
   num_heads = overrides.get("num_heads") or arguments.get("num_heads") or _published_heads(depth, width)
   if num_heads is None:
-    raise ValueError(f"{path}: shapes do not tell the number of attention heads, and depth {depth}, width {width} is not a published size: pass num_heads=...")
+    raise ValueError(
+      f"{path}: shapes do not tell the number of attention heads, and depth {depth}, "
+      f"width {width} is not a published size: pass num_heads=..."
+    )
   return {
     "input_size": math.isqrt(state[POSITIONS].shape[1]) * patch,
     "channels": channels,

@@ -45,7 +45,9 @@ class Tensor:
     flat = self._storage.read()
     last = self._offset + sum((n - 1) * step for n, step in zip(self.shape, self._stride))
     if min((self._offset, *self._stride, *self.shape)) < 0 or (math.prod(self.shape) and last >= flat.size):
-      raise ValueError(f"{self._storage.path}: a tensor of shape {self.shape} reaches outside its storage: damaged file")
+      raise ValueError(
+        f"{self._storage.path}: a tensor of shape {self.shape} reaches outside its storage: damaged file"
+      )
     strides = [step * flat.itemsize for step in self._stride]
     return np.lib.stride_tricks.as_strided(flat[self._offset :], self.shape, strides).copy()
 
@@ -81,8 +83,10 @@ def read(path: str | os.PathLike) -> Any:
       return _Unpickler(archive.read(pickles[0]), path, prefix).load()
   except zipfile.BadZipFile as error:
     size = os.path.getsize(path)
-    message = f"{path} ({size:,} bytes) is truncated, or not a PyTorch file of version 1.6 or later: compare its size with the source's and fetch it again"
-    raise ValueError(message) from error
+    raise ValueError(
+      f"{path} ({size:,} bytes) is truncated, or not a PyTorch file of version 1.6 or later: "
+      "compare its size with the source's and fetch it again"
+    ) from error
   except (pickle.UnpicklingError, EOFError, IndexError, TypeError, AttributeError, struct.error) as error:
     raise ValueError(f"{path}: not readable as a PyTorch file: {error}") from error
 
@@ -102,11 +106,16 @@ class _Unpickler(pickle.Unpickler):
     allowed = {
       ("collections", "OrderedDict"): collections.OrderedDict,
       ("argparse", "Namespace"): _Namespace,
-      ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: Tensor(storage, offset, shape, stride),
+      ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: Tensor(
+        storage, offset, shape, stride
+      ),
       ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     }
     if (module, name) not in allowed:
-      raise ValueError(f"{self.path}: refused, the file asks for {module}.{name}, which a checkpoint of weights has no use for and which could run code")
+      raise ValueError(
+        f"{self.path}: refused, the file asks for {module}.{name}, "
+        "which a checkpoint of weights has no use for and which could run code"
+      )
     return allowed[module, name]
 
   def persistent_load(self, reference: tuple) -> _Storage:
@@ -166,6 +175,15 @@ def _pickle_tensor(shape: tuple[int, ...], key: int) -> bytes:
   """_rebuild_tensor_v2(storage, offset 0, shape, stride, requires_grad, hooks)."""
   size = math.prod(shape)
   strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-  storage = b"(" + _pickle("storage") + b"ctorch\nFloatStorage\n" + _pickle(str(key)) + _pickle("cpu") + _pickle(size) + b"tQ"
+  storage = (
+    b"(" + _pickle("storage") + b"ctorch\nFloatStorage\n" + _pickle(str(key)) + _pickle("cpu") + _pickle(size) + b"tQ"
+  )
   as_tuple = [b"(" + b"".join(map(_pickle, values)) + b"t" for values in (shape, strides)]
-  return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _pickle(0) + b"".join(as_tuple) + _pickle(False) + b"ccollections\nOrderedDict\n)RtR"
+  return (
+    b"ctorch._utils\n_rebuild_tensor_v2\n("
+    + storage
+    + _pickle(0)
+    + b"".join(as_tuple)
+    + _pickle(False)
+    + b"ccollections\nOrderedDict\n)RtR"
+  )

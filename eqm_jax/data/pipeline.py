@@ -7,7 +7,14 @@ from eqm_jax.data.sources import Sample, Source
 
 
 def batches(
-  source: Source, *, batch_size: int, seed: int, flip: bool, threads: int, process_index: int = 0, process_count: int = 1
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  flip: bool,
+  threads: int,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> grain.DatasetIterator:
   """Shuffled batches without end, each epoch in an order of its own.
 
@@ -35,7 +42,8 @@ def batches(
   if flip and "image" not in source[0] and source[0]["mean"].ndim == 3:
     raise ValueError("data.flip = True, but the cached moments are of one side only: [N, 2, H, W, C] holds both")
   data = grain.MapDataset.source(source).seed(seed).shuffle().random_map(_mirrored if flip else _unmirrored)
-  data = data.repeat().batch(batch_size // process_count)[process_index::process_count]
+  # An endless stream has no remainder; grain's length of one that keeps it overflows.
+  data = data.repeat().batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
   return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
 
 

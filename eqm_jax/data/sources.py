@@ -52,7 +52,9 @@ class Latents:
       raise ValueError(f"data.options.scale = {scale} must be positive")
     self._mean, self._logvar, labels = (_mapped(path, name) for name in ("mean.npy", "logvar.npy", "label.npy"))
     if self._mean.shape != self._logvar.shape or len(self._mean) != len(labels) or self._mean.ndim not in (4, 5):
-      raise ValueError(f"{path}: mean {self._mean.shape}, logvar {self._logvar.shape}, label {labels.shape} do not fit each other")
+      raise ValueError(
+        f"{path}: mean {self._mean.shape}, logvar {self._logvar.shape}, label {labels.shape} do not fit each other"
+      )
     self.labels, self.num_classes, self._scale = np.asarray(labels, np.int32), num_classes, scale
     self.shape = self._mean.shape[-3:]
 

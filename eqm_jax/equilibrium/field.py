@@ -38,7 +38,12 @@ class ImplicitField:
 
 
 def implicit_field(
-  model: Any, params: Any, label_B: jax.Array, *, guidance: float | jax.Array = 1.0, guidance_channels: int | Sequence[int] | None = None
+  model: Any,
+  params: Any,
+  label_B: jax.Array,
+  *,
+  guidance: float | jax.Array = 1.0,
+  guidance_channels: int | Sequence[int] | None = None,
 ) -> ImplicitField:
   """The network itself as a field: f(x) = model(x, label), optionally guided.
 
@@ -77,7 +82,9 @@ class GuidedField:
     return _guide(self.field_fn(x_BxHxWxC), self.null_field_fn(x_BxHxWxC), self.scale, self.channels)
 
 
-def guided(field_fn: Callable, null_field_fn: Callable, scale: float | jax.Array, channels: int | Sequence[int] | None = None) -> GuidedField:
+def guided(
+  field_fn: Callable, null_field_fn: Callable, scale: float | jax.Array, channels: int | Sequence[int] | None = None
+) -> GuidedField:
   """Guides one field by another: f_null + scale·(f − f_null) on `channels`.
 
   For two different models, say a large one guided by a small one. With one model
@@ -100,7 +107,9 @@ def as_pytree(field_fn: Callable) -> Callable:
   return jax.tree_util.Partial(field_fn) if jax.tree_util.all_leaves([field_fn]) else field_fn
 
 
-def _guide(f_conditional: jax.Array, f_null: jax.Array, scale: jax.Array, channels: tuple[int, ...] | None) -> jax.Array:
+def _guide(
+  f_conditional: jax.Array, f_null: jax.Array, scale: jax.Array, channels: tuple[int, ...] | None
+) -> jax.Array:
   scale = scale.reshape(scale.shape + (1,) * (f_null.ndim - 1 if scale.ndim else 0)).astype(f_null.dtype)
   f = f_null + scale * (f_conditional - f_null)
   if channels is None:
@@ -118,7 +127,9 @@ def _checked_labels(label_B: jax.Array, num_classes: int) -> jax.Array:
   if not isinstance(label_B, jax.core.Tracer) and label_B.size:
     low, high = int(label_B.min()), int(label_B.max())
     if low < 0 or high > num_classes:
-      raise ValueError(f"labels span {low}..{high}, but the model knows 0..{num_classes - 1}, and {num_classes} for no class")
+      raise ValueError(
+        f"labels span {low}..{high}, but the model knows 0..{num_classes - 1}, and {num_classes} for no class"
+      )
   return label_B
 
 
@@ -134,5 +145,7 @@ def _checked_channels(channels: int | Sequence[int] | None, count: int) -> tuple
 def _checked_scale(scale: float | jax.Array, label_shape: tuple[int, ...]) -> jax.Array:
   scale = jnp.asarray(scale, jnp.float32)
   if scale.shape not in ((), label_shape):
-    raise ValueError(f"guidance has shape {scale.shape}: give one number, or one for each of the {label_shape[0]} samples")
+    raise ValueError(
+      f"guidance has shape {scale.shape}: give one number, or one for each of the {label_shape[0]} samples"
+    )
   return scale

@@ -41,7 +41,9 @@ class OracleField:
     return jnp.sum(stiffness_BxN[..., None] * offset_BxNxD, axis=1).reshape(x.shape)
 
 
-def oracle_field(points: jax.Array, schedule: Schedule = Schedule(), *, nodes: int | None = None, smallest: float = 1e-4) -> OracleField:
+def oracle_field(
+  points: jax.Array, schedule: Schedule = Schedule(), *, nodes: int | None = None, smallest: float = 1e-4
+) -> OracleField:
   """The optimal field of the data set `points`.
 
   The integral over γ is a sum over `nodes` values of log(1−γ), equally spaced from

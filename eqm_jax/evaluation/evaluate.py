@@ -50,11 +50,16 @@ def evaluate(
   """
   options = config.evaluation
   if options.pictured not in config.samplers:
-    raise ValueError(f"evaluation.pictured = {options.pictured!r} is not one of the samplers: {', '.join(config.samplers)}")
+    raise ValueError(
+      f"evaluation.pictured = {options.pictured!r} is not one of the samplers: {', '.join(config.samplers)}"
+    )
+  if options.samples < 2:
+    raise ValueError(f"evaluation.samples = {options.samples}: a distance needs at least 2 samples")
   if model.time_input:
-    raise ValueError("this network is told the time: it is integrated, not descended, so it has no equilibrium samplers")
+    raise ValueError(
+      "this network is told the time: it is integrated, not descended, so it has no equilibrium samplers"
+    )
   os.makedirs(directory, exist_ok=True)
-  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
   # ---------------------------------------------------------------- the real data, and what it can tell
   real = np.stack([real_sample(source[i]) for i in range(len(source))])
@@ -126,6 +131,7 @@ def sample(
   batch_size = min(batch_size, N)
   batches = [np.arange(start, start + batch_size) for start in range(0, N, batch_size)]
   sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
   def run(index_B: np.ndarray, max_evaluations: int) -> sampler.Result:
     index_B = index_B % N  # the last batch is filled up with samples that are dropped below

@@ -62,7 +62,9 @@ class DiT(nn.Module):
     return self.input_size, self.input_size, self.channels
 
   @nn.compact
-  def __call__(self, x_BxHxWxC: jax.Array, label_B: jax.Array, gamma_B: jax.Array | None = None, *, return_tokens: bool = False):
+  def __call__(
+    self, x_BxHxWxC: jax.Array, label_B: jax.Array, gamma_B: jax.Array | None = None, *, return_tokens: bool = False
+  ):
     """f(x | label).
 
     Args:
@@ -84,7 +86,9 @@ class DiT(nn.Module):
 
     time = jnp.zeros(1) if gamma_B is None else gamma_B
     time_BxD = TimeEmbed(self.width, dtype, name="time_embed")(time)
-    label_BxD = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_normal, name="label_embed")(label_B)
+    label_BxD = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_normal, name="label_embed")(
+      label_B
+    )
     condition_BxD = time_BxD + label_BxD
 
     tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
@@ -92,7 +96,9 @@ class DiT(nn.Module):
     shift, scale = _modulation(2, self.width, dtype, "final_modulation", condition_BxD)
     normed_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift, scale)
     zeros = nn.initializers.zeros
-    out_BxTxP = nn.Dense(self.patch_size**2 * out_channels, dtype=dtype, kernel_init=zeros, name="final_out")(normed_BxTxD)
+    out_BxTxP = nn.Dense(self.patch_size**2 * out_channels, dtype=dtype, kernel_init=zeros, name="final_out")(
+      normed_BxTxD
+    )
     f_BxHxWxC = unpatchify(out_BxTxP, self.patch_size, out_channels)[..., : self.channels]
     f_BxHxWxC = f_BxHxWxC.astype(jnp.promote_types(dtype, jnp.float32))
     return (f_BxHxWxC, tokens_BxTxD) if return_tokens else f_BxHxWxC
@@ -120,7 +126,11 @@ class DiT(nn.Module):
     if not jnp.issubdtype(label.dtype, jnp.integer):
       raise ValueError(f"labels are {label.dtype}: give integers 0..{self.num_classes}")
     if self.time_input != (gamma is not None):
-      raise ValueError("this model needs a time (time_input=True)" if self.time_input else "this model takes no time: it was built with time_input=False")
+      raise ValueError(
+        "this model needs a time (time_input=True)"
+        if self.time_input
+        else "this model takes no time: it was built with time_input=False"
+      )
     if gamma is not None and gamma.shape != x.shape[:1]:
       raise ValueError(f"times have shape {gamma.shape}: give one for each of the {x.shape[0]} samples")
 
@@ -144,7 +154,9 @@ class Block(nn.Module):
     qkv_BxTx3xHxK = nn.DenseGeneral((3, *heads), dtype=dtype, kernel_init=_xavier, name="qkv")(h_BxTxD)
     query, key, value = jnp.moveaxis(qkv_BxTx3xHxK, 2, 0)
     mixed_BxTxHxK = _attend(query, key, value, self.attention)
-    h_BxTxD = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=dtype, kernel_init=_xavier, name="attention_out")(mixed_BxTxHxK)
+    h_BxTxD = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=dtype, kernel_init=_xavier, name="attention_out")(
+      mixed_BxTxHxK
+    )
     tokens_BxTxD = tokens_BxTxD + gate_attention * h_BxTxD
 
     h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_mlp, scale_mlp)

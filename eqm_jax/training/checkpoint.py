@@ -1,7 +1,7 @@
 """Every call of Orbax: the checkpoints of a run, and plain directories of parameters.
 
 A checkpoint holds `state` (step, params, ema_params, opt_state) and `data` (the
-position of the input iterator), so that a resumed run ends with the bits of one
+position of the input iterator, the same on every process), so that a resumed run ends with the bits of one
 that was never stopped. Orbax writes a checkpoint aside and renames it, so a killed
 save leaves the previous ones whole.
 """
@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 import grain
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 
@@ -29,14 +28,14 @@ def open_manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager
     raise ValueError(f"checkpoint.keep = {keep} must be at least 1")
   else:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-  handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+  handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
   directory = os.path.abspath(os.path.join(workdir, DIRECTORY))
   return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: grain.DatasetIterator):
   """Starts saving; returns once the device's arrays are copied and may be donated."""
-  args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=grain.checkpoint.CheckpointSave(iterator))
+  args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(iterator.get_state()))
   # `force`: the caller decides when to save.
   manager.save(step, args=args, force=True)
 
@@ -51,8 +50,9 @@ def restore(manager: ocp.CheckpointManager, step: int, shapes: Any, iterator: gr
   """
   _check_shapes(f"{manager.directory}/{step}", manager.item_metadata(step).state, shapes)
   state_args = ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes))
-  args = ocp.args.Composite(state=state_args, data=grain.checkpoint.CheckpointRestore(iterator))
-  return manager.restore(step, args=args).state
+  restored = manager.restore(step, args=ocp.args.Composite(state=state_args, data=ocp.args.JsonRestore()))
+  iterator.set_state(restored.data)
+  return restored.state
 
 
 def restore_params(workdir: str, name: str, shapes: Any) -> Any:
@@ -85,11 +85,7 @@ def read_tree(directory: str, shapes: Any) -> Any:
   """
   directory = os.path.abspath(directory)
   with ocp.PyTreeCheckpointer() as checkpointer:
-    try:
-      metadata = checkpointer.metadata(directory).item_metadata
-    except FileNotFoundError as error:
-      raise ValueError(f"{directory}: not an Orbax checkpoint, or a damaged one ({error})") from error
-    _check_shapes(directory, metadata, shapes)
+    _check_shapes(directory, checkpointer.metadata(directory).item_metadata, shapes)
     return checkpointer.restore(directory, args=_partial_restore(shapes))
 
 

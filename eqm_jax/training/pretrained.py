@@ -46,7 +46,9 @@ def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pre
   else:
     config_path = os.path.join(path, CONFIG)
     if not os.path.isfile(config_path):
-      raise ValueError(f"{path}: no such model: expected a training workdir or an exported directory (with {CONFIG}), or a .pt file")
+      raise ValueError(
+        f"{path}: no such model: expected a training workdir or an exported directory (with {CONFIG}), or a .pt file"
+      )
     model = dit.DiT(**{**read_json(config_path)["model"], **overrides})
     shapes = dit.parameter_shapes(model)
     if os.path.isdir(os.path.join(path, PARAMS)):
@@ -78,4 +80,7 @@ def _check_overrides(overrides: dict[str, Any]):
   for name in overrides:
     if name not in known:
       near = difflib.get_close_matches(name, known, 1)
-      raise ValueError(f"{name} is not an attribute of the model{f': did you mean {near[0]}?' if near else ''} Known: {', '.join(known)}")
+      raise ValueError(
+        f"{name} is not an attribute of the model{f', did you mean {near[0]}?' if near else '.'} "
+        f"Known: {', '.join(known)}"
+      )

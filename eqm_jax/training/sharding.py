@@ -43,7 +43,9 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
   """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % ways:
-    raise ValueError(f"batch size {batch_size} does not divide over {ways} devices (data × fsdp): use a multiple of {ways}")
+    raise ValueError(
+      f"batch size {batch_size} does not divide over {ways} devices (data × fsdp): use a multiple of {ways}"
+    )
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -67,7 +69,9 @@ def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
     ValueError: if a rule names an axis that the mesh lacks, has another rank than
       the parameter, or an axis does not divide.
   """
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, rules, mesh)), shapes)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, rules, mesh)), shapes
+  )
 
 
 def path_name(path: tuple) -> str:

@@ -29,7 +29,9 @@ def init_state(model: DiT, optimizer: optax.GradientTransformation, seed: int) -
   params = model.init(jax.random.key(seed), x, label, *gamma)["params"]
   # A copy, not an alias: both are donated to the first step.
   ema_params = jax.tree.map(jnp.copy, params)
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema_params=ema_params, opt_state=optimizer.init(params))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32), params=params, ema_params=ema_params, opt_state=optimizer.init(params)
+  )
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, steps: int) -> Callable[[int], jax.Array]:

@@ -41,7 +41,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     FloatingPointError: if the loss stops being finite; names the step.
   """
   # ---------------------------------------------------------------- what is asked
-  source = sources.open_source(config.data.source, config.data.options.to_dict())
+  source = sources.open_source(config.data.source, {**config.data.options})
   model = DiT(**config.model)
   _check_fits(config, model, source)
   schedule = objective.Schedule(**config.objective.schedule)
@@ -81,7 +81,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     loss_fn = functools.partial(batch_loss, model, config.objective, schedule, batch, key)
     loss, gradient = jax.value_and_grad(loss_fn)(state.params)
-    scalars = {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+    scalars = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
     return state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay), scalars
 
   step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
@@ -96,7 +96,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
     if not all(np.isfinite(value) for value in scalars.values()):
       seen = ", ".join(f"{name} = {value}" for name, value in scalars.items())
-      raise FloatingPointError(f"step {step}: {seen}; stopped. The newest checkpoint is that of step {manager.latest_step()}")
+      raise FloatingPointError(
+        f"step {step}: {seen}; stopped. The newest checkpoint is that of step {manager.latest_step()}"
+      )
     if step % config.train.log_every == 0 or step in (1, steps):
       relative = scalars["loss"] / zero_loss
       writer.write(step, {**scalars, "relative_loss": relative, "learning_rate": float(learning_rate(step - 1))})
@@ -169,11 +171,13 @@ def _loss_scale(config: ml_collections.ConfigDict, schedule: objective.Schedule)
 def _check_fits(config: ml_collections.ConfigDict, model: DiT, source: sources.Source):
   if source.shape != model.input_shape:
     raise ValueError(
-      f"data.source {config.data.source!r} has samples of shape {source.shape}, but the model takes {model.input_shape}: "
-      "set model.input_size and model.channels"
+      f"data.source {config.data.source!r} has samples of shape {source.shape}, but the model takes "
+      f"{model.input_shape}: set model.input_size and model.channels"
     )
   if source.num_classes != model.num_classes:
-    raise ValueError(f"model.num_classes = {model.num_classes}, but {config.data.source!r} has {source.num_classes} classes")
+    raise ValueError(
+      f"model.num_classes = {model.num_classes}, but {config.data.source!r} has {source.num_classes} classes"
+    )
   if config.objective.kind not in ("equilibrium", "flow_matching"):
     raise ValueError(f"objective.kind = {config.objective.kind!r} is neither 'equilibrium' nor 'flow_matching'")
   if config.objective.kind == "equilibrium" and model.time_input:

@@ -37,7 +37,10 @@ def test_export_gives_the_bits_of_the_original_and_loads_to_the_same(reference, 
   original, written = state_of(reference.checkpoint, weights), state_of(tmp_path / "out.pt", weights)
   assert list(original) == list(written)
   for name in original:
-    assert original[name].numpy().tobytes() == written[name].numpy().tobytes() and original[name].shape == written[name].shape
+    assert (
+      original[name].numpy().tobytes() == written[name].numpy().tobytes()
+      and original[name].shape == written[name].shape
+    )
   again = eqm_jax.load(tmp_path / "out.pt")  # the exported arguments tell the heads
   assert again.model == pretrained.model
   assert_same_bits(again.params, pretrained.params)

@@ -22,9 +22,7 @@ X = jnp.zeros((2, 2, 2, 4))
 LABELS = jnp.asarray([0, 2])  # the null class answers 3
 
 
-@pytest.mark.parametrize(
-  "channels, guided", [(None, [1, 1, 1, 1]), (3, [1, 1, 1, 0]), ((1, 3), [0, 1, 0, 1])]
-)
+@pytest.mark.parametrize("channels, guided", [(None, [1, 1, 1, 1]), (3, [1, 1, 1, 0]), ((1, 3), [0, 1, 0, 1])])
 def test_guidance_moves_the_chosen_channels_away_from_the_null_answer(channels, guided):
   f = field.implicit_field(Tagger(), {}, LABELS, guidance=1.5, guidance_channels=channels)(X)
   for label, answer in zip(LABELS, f):

@@ -53,9 +53,7 @@ def test_untimed_flow_matching_is_equilibrium_matching_with_constant_magnitude()
   np.testing.assert_allclose(
     flow, objective.equilibrium_loss(jnp.sin, data, noise, gamma, Schedule("constant", multiplier=1.0)), rtol=1e-6
   )
-  timed = objective.flow_matching_loss(
-    lambda x, g: jnp.sin(x) + g[:, None, None, None], data, noise, gamma, timed=True
-  )
+  timed = objective.flow_matching_loss(lambda x, g: jnp.sin(x) + g[:, None, None, None], data, noise, gamma, timed=True)
   assert not np.allclose(flow, timed)
 
 

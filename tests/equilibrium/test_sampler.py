@@ -104,7 +104,9 @@ def test_state_is_float32_even_from_bfloat16():
 
 def test_start_noise_depends_on_key_and_index_alone():
   noise = sampler.start_noise(jax.random.key(3), np.arange(6), (2, 2, 1))
-  np.testing.assert_array_equal(sampler.start_noise(jax.random.key(3), np.asarray([5, 2]), (2, 2, 1)), noise[jnp.asarray([5, 2])])
+  np.testing.assert_array_equal(
+    sampler.start_noise(jax.random.key(3), np.asarray([5, 2]), (2, 2, 1)), noise[jnp.asarray([5, 2])]
+  )
   assert len(np.unique(noise[:, 0, 0, 0])) == 6
   assert not np.allclose(sampler.start_noise(jax.random.key(4), np.arange(6), (2, 2, 1)), noise)
 

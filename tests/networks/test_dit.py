@@ -14,7 +14,8 @@ LABELS = jnp.asarray([1, 5])
 
 # Parameters as the reference counts them: with the fixed position table and the unused second output half.
 PUBLISHED = {
-  "S/2": 32_963_360, "B/2": 130_512_416, "L/2": 458_102_816, "XL/2": 675_129_632, "B/4": 130_475_648, "B/8": 130_881_536,
+  "S/2": 32_963_360, "B/2": 130_512_416, "L/2": 458_102_816,
+  "XL/2": 675_129_632, "B/4": 130_475_648, "B/8": 130_881_536,
 }  # fmt: skip
 
 

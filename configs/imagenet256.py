@@ -1,0 +1,121 @@
+"""EqM-XL/2 on ImageNet 256×256 in the latent space of Stable Diffusion's autoencoder.
+
+Command:   python -m eqm_jax.main --config=configs/imagenet256.py --workdir=runs/xl2 \
+               --config.data.options.path=/data/imagenet256_latents
+           Variants: imagenet256.py:B/2, :L/2, :XL/2 (the default); :S/2 and patches 4 and 8 as well.
+Hardware:  a TPU slice or GPUs; not run by us yet. XL/2 takes 0.71 TFLOP per image and step, so
+           7.0 million steps of 256 (1,400 epochs) take an estimated 56 hours at half of the
+           peak of 64 v5e chips (197 TFLOP/s each, bfloat16). State: 10.8 GB, split by fsdp.
+Expected:  the paper's figures (FID of 50,000 samples). XL/2, 1,400 epochs, with guidance: 1.90.
+           B/2, 80 epochs (400,000 steps), without guidance: 32.85. The loss of B/2 flattens near
+           10.3; that is normal, see `relative_loss` in the metrics.
+Data:      a directory with mean.npy, logvar.npy [1281167, 2, 32, 32, 4] (the posterior of each
+           centre-cropped image and of its mirror image, unscaled) and label.npy [1281167].
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+PATCHES = ("2", "4", "8")
+
+
+def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
+  """Variants: "size/patch"; below XL the 80 epochs of the paper's ablations instead of 1,400."""
+  size, _, patch = variant.partition("/")
+  if size not in SIZES or patch not in PATCHES:
+    raise ValueError(f"configs/imagenet256.py has no variant {variant!r}: choose S, B, L or XL, a slash, and 2, 4 or 8")
+  depth, width, num_heads = SIZES[size]
+  largest = size == "XL"
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
+
+  config.data = config_dict.create(
+    source="latents",  # "digits" or "latents"
+    options=config_dict.create(  # arguments of the source
+      path="data/imagenet256_latents",  # directory with mean.npy, logvar.npy, label.npy
+      scale=0.18215,  # of sd-vae-ft-ema's latents, to about unit variance
+      num_classes=1000,
+    ),
+    flip=True,  # use the mirror image's moments half of the time
+    threads=16,  # that read ahead
+  )
+  config.model = config_dict.create(  # the attributes of networks.dit.DiT
+    input_size=32,  # latent pixels: 256 / 8
+    channels=4,
+    patch_size=int(patch),  # latent pixels
+    width=width,
+    depth=depth,  # blocks
+    num_heads=num_heads,
+    num_classes=1000,  # label 1000 is "no class"
+    mlp_ratio=4.0,
+    time_input=False,  # True: a flow-matching network, told γ
+    learn_sigma=False,  # True: carry the unused second output half of the released code
+    dtype="bfloat16",  # of the matrix products: "float32" or "bfloat16"
+    unroll=1,  # blocks per scan iteration
+    remat="dots_no_batch" if largest else "none",  # "none", "dots", "dots_no_batch" or "full"
+    attention="xla",  # "xla" or "cudnn"
+  )
+  config.objective = config_dict.create(
+    kind="equilibrium",  # or "flow_matching"
+    schedule=config_dict.create(  # c(γ), the paper's best
+      kind="truncated",  # "constant", "linear", "truncated" or "piecewise"
+      a=0.8,  # γ from which c falls to zero
+      b=2.0,  # c(0) of "piecewise"
+      multiplier=4.0,  # λ
+    ),
+    label_dropout=0.1,  # share of samples that are trained without their class
+    dispersive_weight=0.0,  # 0 or the reference's 0.5
+  )
+  config.optimizer = config_dict.create(  # AdamW
+    learning_rate=1e-4,
+    schedule="constant",  # after the warm-up: "constant" or "cosine" (to zero at the last step)
+    warmup_steps=0,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    clip_norm=0.0,  # of the global gradient; 0: no clipping
+    ema_decay=0.9999,
+  )
+  config.train = config_dict.create(
+    steps=7_000_000 if largest else 400_000,
+    batch_size=256,
+    log_every=100,  # steps
+  )
+  config.checkpoint = config_dict.create(
+    every=10_000,  # steps
+    keep=3,  # newest checkpoints
+  )
+  config.mesh = config_dict.create(data=1, fsdp=-1, tensor=1)  # devices along each axis; -1: the rest
+  config.sharding = config_dict.create(rules=())  # none: fsdp splits the largest axis of each parameter
+
+  config.samplers = config_dict.create(  # one row of the evaluation each
+    gd=_sampler(rule="gd", step_size=0.003, momentum=0.0, guidance=1.0),  # the paper's for B/2
+    nag=_sampler(rule="nag", step_size=0.0017, momentum=0.3, guidance=1.5),  # the paper's for XL/2
+    adaptive=_sampler(rule="gd", step_size=0.003, momentum=0.0, guidance=1.0, threshold=10.0),
+  )
+  config.evaluation = config_dict.create(
+    # 0: none. The distance is that of latents; there is no decoder and no Inception here yet.
+    samples=0,
+    batch_size=256,  # samples descending together
+    seed=0,  # of the start noise, which depends on (seed, sample index) alone
+    weights="ema",  # "ema" or "model"
+    label_agreement=False,  # fit a classifier to the real images and ask it about the samples
+    pictured="adaptive",  # the sampler whose descent is drawn
+  )
+  return config
+
+
+def _sampler(
+  *, rule: str, step_size: float, momentum: float, guidance: float, threshold: float = 0.0
+) -> ml_collections.ConfigDict:
+  return config_dict.create(
+    rule=rule,  # "gd" or "nag"
+    step_size=step_size,  # η
+    momentum=momentum,  # μ, of "nag"
+    max_evaluations=249,  # network calls a sample may use: the paper's "250 steps"
+    threshold=threshold,  # a sample stops at ‖f‖ ≤ threshold; 0: never
+    guidance=guidance,  # classifier-free guidance scale; 1: none
+    guidance_channels=3,  # channels that are guided: None for all; the first 3 as in the reference
+  )

@@ -1,0 +1,89 @@
+"""The command line: what is wrong is told in one line, before anything is compiled."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+TINY = [
+  "--config=configs/digits.py:smoke",
+  "--config.model.width=16",
+  "--config.model.depth=1",
+  "--config.model.num_heads=2",
+  "--config.train.steps=4",
+  "--config.train.batch_size=8",
+  "--config.optimizer.warmup_steps=1",
+  "--config.evaluation.samples=10",
+  "--config.evaluation.batch_size=10",
+]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  command = [sys.executable, "-m", "eqm_jax.main", *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("main") / "run"
+  finished = run(*TINY, f"--workdir={workdir}")
+  assert finished.returncode == 0, finished.stderr
+  return workdir
+
+
+def test_a_run_writes_what_it_promises(trained):
+  report = json.loads((trained / "evaluation" / "evaluation.json").read_text())
+  assert set(report["rows"]) == {"gd", "nag", "adaptive"}
+  for name in (
+    "samples_gd.png",
+    "samples_nag.png",
+    "samples_adaptive.png",
+    "descent.png",
+    "descent.gif",
+    "evaluations_adaptive.png",
+  ):
+    assert (trained / "evaluation" / name).stat().st_size > 100
+  steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
+  assert steps == [1, 4]
+  assert list((trained / "tensorboard").iterdir())
+
+
+def test_evaluating_again_with_another_sampler_needs_no_training(trained):
+  finished = run(*TINY, f"--workdir={trained}", "--mode=evaluate", "--config.samplers.gd.max_evaluations=3")
+  assert finished.returncode == 0, finished.stderr
+  report = json.loads((trained / "evaluation" / "evaluation.json").read_text())
+  assert report["rows"]["gd"]["evaluations"]["mean"] == 3
+  assert "step 1/" not in finished.stderr
+
+
+def test_another_config_on_the_same_workdir_is_refused(trained):
+  finished = run(*TINY, f"--workdir={trained}", "--config.objective.schedule.multiplier=2.0")
+  assert finished.returncode == 1
+  assert "objective.schedule.multiplier: 4.0 there, 2.0 given" in finished.stderr
+
+
+@pytest.mark.parametrize(
+  "arguments, text",
+  [
+    (["--config.model.dpeth=3"], "Did you mean depth"),
+    (["--config.modle.depth=3"], "Did you mean model"),
+    (["--config.model.depth=three"], "three"),
+    (["--mode=dream"], "dream"),
+    (["stray"], "stray"),
+    (["--config.data.source=cifar"], "choose one of digits, latents"),
+    (["--config.model.patch_size=3"], "patch_size = 3 does not divide input_size = 8"),
+    (["--config.mesh.data=3"], "there are 1"),
+    (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere: no such model"),
+  ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, arguments, text):
+  finished = run(*TINY, f"--workdir={tmp_path / 'run'}", *arguments)
+  assert finished.returncode != 0
+  assert text in finished.stderr and "Traceback" not in finished.stderr
+
+
+def test_a_config_that_is_not_there_is_told(tmp_path):
+  finished = run("--config=configs/nothing.py", f"--workdir={tmp_path}")
+  assert finished.returncode != 0 and "configs/nothing.py" in finished.stderr and "Traceback" not in finished.stderr

@@ -1,0 +1,230 @@
+import functools
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import ROOT, load_config
+
+from eqm_jax.equilibrium import objective
+from eqm_jax.networks.dit import DiT
+from eqm_jax.training import checkpoint, pretrained, train
+
+# One run, as a config and as the flags that make the same config in another process.
+OVERRIDES = {
+  "model.width": 16, "model.depth": 2, "model.num_heads": 2, "train.steps": 400, "train.batch_size": 8,
+  "train.log_every": 10, "checkpoint.every": 40, "evaluation.samples": 0,
+}  # fmt: skip
+
+
+def long_config():
+  config = load_config("digits", "smoke")
+  config.update_from_flattened_dict(OVERRIDES)
+  return config
+
+
+def start(workdir: pathlib.Path) -> subprocess.Popen:
+  flags = [f"--config.{name}={value}" for name, value in OVERRIDES.items()]
+  command = [sys.executable, "-m", "eqm_jax.main", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *flags]
+  return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, workdir: pathlib.Path, timeout: float = 200):
+  begin, directory = time.monotonic(), workdir / "checkpoints"
+  while not (directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())):
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() - begin < timeout, "no checkpoint came"
+    time.sleep(0.005)
+
+
+def final_state(workdir: pathlib.Path) -> dict[str, bytes]:
+  """Every array of the newest checkpoint, as bytes."""
+  with checkpoint.open_manager(str(workdir)) as manager:
+    state = manager.restore(manager.latest_step()).state
+  flat = jax.tree_util.tree_flatten_with_path(state)[0]
+  return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
+
+
+def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
+  records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [(record["step"], record["loss"]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  assert train.train(long_config(), str(workdir))
+  return workdir
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path):
+  process = start(tmp_path)
+  wait_for_checkpoint(process, tmp_path)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  with checkpoint.open_manager(str(tmp_path)) as manager:
+    assert 0 < manager.latest_step() < 400, "the kill came too late to test anything"
+  assert train.train(long_config(), str(tmp_path))
+  assert final_state(tmp_path) == final_state(uninterrupted)
+  assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_sigterm_saves_and_exits_zero(uninterrupted, tmp_path):
+  process = start(tmp_path)
+  wait_for_checkpoint(process, tmp_path)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 0, stderr
+  with checkpoint.open_manager(str(tmp_path)) as manager:
+    step = manager.latest_step()
+  assert f"SIGTERM: saved step {step}" in stderr and step < 400
+  assert train.train(long_config(), str(tmp_path))
+  assert final_state(tmp_path) == final_state(uninterrupted)
+
+
+def test_the_loss_falls_and_old_checkpoints_go(uninterrupted):
+  values = [loss for _, loss in losses(uninterrupted)]
+  assert np.mean(values[-5:]) < 0.8 * values[0]
+  with checkpoint.open_manager(str(uninterrupted)) as manager:
+    assert list(manager.all_steps()) == [360, 400]
+
+
+def test_the_average_is_not_the_parameters_and_both_can_be_loaded(uninterrupted):
+  ema, model = (pretrained.load(uninterrupted, weights=weights) for weights in ("ema", "model"))
+  assert ema.model == model.model == DiT(**long_config().model)
+  assert not np.array_equal(ema.params["final_out"]["kernel"], model.params["final_out"]["kernel"])
+
+
+def test_a_finished_run_has_nothing_left_to_do(uninterrupted):
+  before = final_state(uninterrupted)
+  assert train.train(long_config(), str(uninterrupted))
+  assert final_state(uninterrupted) == before
+
+
+def test_metrics_hold_what_a_person_asks_for(uninterrupted):
+  record = json.loads((uninterrupted / "metrics.jsonl").read_text().splitlines()[-1])
+  assert {"step", "loss", "relative_loss", "gradient_norm", "learning_rate", "examples_per_second"} <= record.keys()
+  np.testing.assert_allclose(record["relative_loss"], record["loss"] / (16 * (0.8 + 0.2 / 3)))
+
+
+def test_golden_step(tiny_config):
+  """The loss and gradient of one batch, computed once. They change only with the
+  network's start, the draws of γ, noise and dropped labels, or the loss: on purpose."""
+  model, batch, params = golden_inputs(tiny_config)
+  loss_fn = functools.partial(
+    train.batch_loss, model, tiny_config.objective, objective.Schedule(), batch, jax.random.key(1)
+  )
+  loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(perturbed(params))
+  np.testing.assert_allclose(loss, GOLDEN_LOSS, rtol=1e-4)
+  np.testing.assert_allclose(optax.tree.norm(gradient), GOLDEN_GRADIENT_NORM, rtol=1e-3)
+
+
+GOLDEN_LOSS, GOLDEN_GRADIENT_NORM = 18.841455, 4.002218
+
+
+def golden_inputs(config):
+  model = DiT(**config.model)
+  images = jnp.linspace(-1, 1, 4 * 64).reshape(4, 8, 8, 1)
+  batch = {"image": images, "label": jnp.arange(4)}
+  params = jax.jit(model.init)(jax.random.key(0), images, batch["label"])["params"]
+  return model, batch, params
+
+
+def perturbed(params):
+  """Away from the start, where the zero output layer hides all others."""
+  leaves, structure = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  return structure.unflatten([leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
+
+
+def test_each_objective_trains_and_dispersion_is_added(tiny_config):
+  model, batch, params = golden_inputs(tiny_config)
+  key = jax.random.key(1)
+
+  def loss(model, params=params, **changes):
+    config = tiny_config.objective.copy_and_resolve_references()
+    config.update(changes)
+    return train.batch_loss(model, config, objective.Schedule(**config.schedule), batch, key, params)
+
+  plain, dispersed = loss(model), loss(model, dispersive_weight=0.5)
+  _, tokens = model.apply({"params": params}, batch["image"], batch["label"], return_tokens=True)
+  assert dispersed < plain  # the logarithm of a mean of numbers below one
+  assert tokens.shape == (4, 16, 16)
+  # At the start the network answers zero: the flow-matching losses are those of (ε − x) alone.
+  timed = model.clone(time_input=True)
+  np.testing.assert_allclose(loss(timed, kind="flow_matching"), loss(model, kind="flow_matching"), rtol=1e-6)
+  assert loss(model, kind="flow_matching") < plain
+
+
+def test_latents_are_drawn_anew_from_their_posterior():
+  batch = {"mean": jnp.full((4000, 1, 1, 1), 3.0), "logvar": jnp.full((4000, 1, 1, 1), np.log(0.25))}
+  first, second = (train.draw_data(batch, jax.random.key(i)) for i in range(2))
+  np.testing.assert_allclose([first.mean(), first.std()], [3.0, 0.5], rtol=0.03)
+  assert not np.array_equal(first, second)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path):
+  tiny_config.optimizer.learning_rate = 1e18
+  tiny_config.optimizer.warmup_steps = 0
+  tiny_config.train.steps = 400
+  tiny_config.checkpoint.every = 1
+  with pytest.raises(
+    FloatingPointError, match=r"step \d+: .*(nan|inf).*newest checkpoint is that of step \d+"
+  ) as error:
+    train.train(tiny_config, str(tmp_path))
+  failed, good = (int(word) for word in str(error.value).replace(":", " ").split() if word.isdigit())
+  state = final_state(tmp_path)
+  assert good == failed - 1 and state
+  with checkpoint.open_manager(str(tmp_path)) as manager:
+    assert manager.latest_step() == good
+
+
+@pytest.mark.parametrize(
+  "changes, text",
+  [
+    ({"model.input_size": 16}, r"shape \(8, 8, 1\), but the model takes \(16, 16, 1\)"),
+    ({"model.channels": 3}, r"\(8, 8, 1\), but the model takes \(8, 8, 3\)"),
+    ({"model.num_classes": 9}, "num_classes = 9, but 'digits' has 10"),
+    ({"model.num_heads": 3}, "num_heads = 3 does not divide width = 16"),
+    ({"model.time_input": True}, "time_input = False"),
+    ({"objective.kind": "diffusion"}, "'diffusion'"),
+    ({"objective.label_dropout": 1.5}, "label_dropout = 1.5"),
+    ({"objective.schedule.a": 1.0}, "a = 1.0"),
+    ({"optimizer.learning_rate": 0.0}, "learning_rate = 0.0"),
+    ({"optimizer.schedule": "step"}, "'step'"),
+    ({"optimizer.warmup_steps": 13}, "warmup_steps = 13"),
+    ({"optimizer.clip_norm": -1.0}, "clip_norm = -1.0"),
+    ({"optimizer.ema_decay": 1.0}, "ema_decay = 1.0"),
+    ({"train.steps": 0}, "train.steps = 0"),
+    ({"checkpoint.every": 0}, "checkpoint.every = 0"),
+    ({"mesh.fsdp": 2}, "fsdp=2, tensor=1 needs|there are 1"),
+  ],
+)
+def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(tiny_config, tmp_path, changes, text):
+  tiny_config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=text):
+    train.train(tiny_config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_run_is_refused_and_untouched(uninterrupted):
+  config = long_config()
+  config.optimizer.learning_rate = 0.5
+  before = final_state(uninterrupted)
+  with pytest.raises(ValueError, match="optimizer.learning_rate: 0.001 there, 0.5 given"):
+    train.train(config, str(uninterrupted))
+  assert final_state(uninterrupted) == before
+
+
+def test_what_does_not_touch_the_parameters_may_change(uninterrupted):
+  config = long_config()
+  config.samplers.gd.step_size = 0.1
+  config.checkpoint.keep = 5
+  assert train.train(config, str(uninterrupted))
