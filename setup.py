@@ -1,14 +1,17 @@
 """eqm_jax: Equilibrium Matching in JAX."""
 
 import pathlib
+import re
 
 import setuptools
 
+HERE = pathlib.Path(__file__).parent
+
 setuptools.setup(
   name="eqm_jax",
-  version="0.1.0",
+  version=re.search(r'__version__ = "(.+)"', (HERE / "eqm_jax" / "__init__.py").read_text(encoding="utf-8"))[1],
   description="Equilibrium Matching in JAX/Flax: train, sample and study time-free gradient fields",
-  long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="MIT",
   packages=setuptools.find_packages(include=["eqm_jax", "eqm_jax.*"]),
@@ -16,9 +19,11 @@ setuptools.setup(
   install_requires=[
     "absl-py",
     "clu",
+    "diffrax>=0.7.2",
     "flax>=0.12.8",
     "grain>=0.2.18",
     "jax>=0.10.2",
+    "lineax",
     "matplotlib",
     "ml-collections",
     "ml-dtypes",

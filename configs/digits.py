@@ -1,9 +1,9 @@
 """EqM on scikit-learn's 1,797 handwritten digits (8×8 pixels, 10 classes).
 
 Command:   python -m eqm_jax.main --config=configs/digits.py --workdir=runs/digits
-Hardware:  two CPU cores, 4 GiB: about 5 minutes of training and 1 of evaluation
-Expected:  Fréchet distance in pixel space 0.34 (adaptive) and 0.53 (fixed), 0.29 being that of two
-           halves of the real digits; label agreement 0.95; adaptive descent takes 113 evaluations
+Hardware:  two CPU cores, 4 GiB: about 5 to 6 minutes of training and 2 of evaluation
+Expected:  Fréchet distance in pixel space 0.30 (adaptive) and 0.50 (fixed), 0.29 being that of two
+           halves of the real digits; label agreement 0.94; adaptive descent takes 113 evaluations
            on average. The loss ends near 5.0, 0.36 of E[c²].
 """
 
@@ -12,9 +12,13 @@ from ml_collections import config_dict
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Variants: "" is the run above; "smoke" is a short run of the same code, for tests."""
-  if variant not in ("", "smoke"):
-    raise ValueError(f"configs/digits.py has no variant {variant!r}: choose 'smoke' or none")
+  """Variants: "" is the run above.
+
+  "smoke" is a short run of the same code, for tests. "samplers" compares samplers on
+  the run above: --config=configs/digits.py:samplers --workdir=runs/digits --mode=evaluate
+  """
+  if variant not in ("", "smoke", "samplers"):
+    raise ValueError(f"configs/digits.py has no variant {variant!r}: choose 'smoke', 'samplers' or none")
   smoke = variant == "smoke"
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
@@ -75,29 +79,75 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1: the rest
   config.sharding = config_dict.create(rules=())  # (regex of the parameter's path, mesh axis of each array axis)
 
-  config.samplers = config_dict.create(  # one row of the evaluation each
-    gd=_sampler(rule="gd", momentum=0.0, threshold=0.0, smoke=smoke),
-    nag=_sampler(rule="nag", momentum=0.3, threshold=0.0, smoke=smoke),
-    adaptive=_sampler(rule="gd", momentum=0.0, threshold=4.0, smoke=smoke),
-  )
+  config.samplers = _samplers(variant)
   config.evaluation = config_dict.create(
     samples=40 if smoke else 1797,  # 0: none
-    batch_size=40 if smoke else 200,  # samples descending together
-    seed=0,  # of the start noise, which depends on (seed, sample index) alone
+    batch_size=40 if smoke else 200,  # samples in flight
+    seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     label_agreement=True,  # fit a classifier to the real images and ask it about the samples
-    pictured="adaptive",  # the sampler whose descent is drawn
+    pictured="none" if variant == "samplers" else "adaptive",  # the sampler whose descent is drawn, or "none"
+    timed=("fixed", "lockstep", "streaming")
+    if variant == "samplers"
+    else (),  # samplers whose speed is compared: drawn again in turn, the median time is reported
+    repeats=3,  # how often
+  )
+  config.sample = config_dict.create(  # of --mode=sample
+    sampler="adaptive",  # one of the samplers
+    count=100,  # samples
+    labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
+    batch_size=20 if smoke else 100,  # samples in flight
+    seed=0,
+    weights="ema",  # "ema" or "model"
+    images=False,  # also one PNG a sample
+    npz=True,  # also the arrays
   )
   return config
 
 
-def _sampler(*, rule: str, momentum: float, threshold: float, smoke: bool) -> ml_collections.ConfigDict:
-  return config_dict.create(
-    rule=rule,  # "gd" or "nag"
-    step_size=0.03 if smoke else 0.003,  # η
-    momentum=momentum,  # μ, of "nag"
-    max_evaluations=25 if smoke else 249,  # network calls a sample may use
-    threshold=threshold,  # a sample stops at ‖f‖ ≤ threshold; 0: never
+def _samplers(variant: str) -> ml_collections.ConfigDict:
+  """One row of the evaluation each."""
+  if variant == "smoke":
+    few = dict(step_size=0.03, max_evaluations=25)
+    rows = dict(gd=_row(**few), nag=_row(rule="nag", momentum=0.3, **few), adaptive=_row(threshold=4.0, **few))
+  elif variant == "samplers":
+    rows = dict(
+      fixed=_row(streaming=False),
+      lockstep=_row(threshold=4.0, streaming=False),
+      streaming=_row(threshold=4.0),
+    )
+    for evaluations in (10, 25, 50, 100, 249):
+      for rule, momentum in (("gd", 0.0), ("nag", 0.3), ("nesterov", 0.3)):
+        rows[f"{rule}_{evaluations:03d}"] = _row(
+          rule=rule, momentum=momentum, step_size=0.0, max_evaluations=evaluations
+        )
+      rows[f"adam_{evaluations:03d}"] = _row(rule="adam", step_size=2.0 / evaluations, max_evaluations=evaluations)
+      rows[f"heun_{evaluations:03d}"] = _row(rule="heun", max_evaluations=evaluations)
+    for percent in (40, 70, 150, 200, 250):
+      rows[f"gd_eta_{percent:03d}"] = _row(step_size=0.003 * percent / 100)
+  else:
+    rows = dict(gd=_row(), nag=_row(rule="nag", momentum=0.3), adaptive=_row(threshold=4.0))
+  return ml_collections.ConfigDict(rows)
+
+
+def _row(**changes) -> ml_collections.ConfigDict:
+  row = config_dict.create(
+    # Descents: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin".
+    # Integrators: "euler", "heun", "tsit5", "dopri5"; for a network with time also "euler_maruyama".
+    rule="gd",
+    step_size=0.003,  # η; 0 is "auto": 2/(λ·max_evaluations)
+    momentum=0.0,  # μ, of "nag" and "nesterov"
+    temperature=0.0,  # T, of "langevin"
+    max_evaluations=249,  # network calls a sample may use
+    min_evaluations=0,  # no sample stops before
+    threshold=0.0,  # a sample stops at ‖f‖ ≤ threshold; 0: never
+    relative_threshold=False,  # compare ‖f‖/λ instead
+    max_restarts=0,  # how often a sample that diverges begins again
+    tolerance=0.0,  # of an integrator with step control, relative and absolute; 0: equal steps
     guidance=1.0,  # classifier-free guidance scale; 1: none
     guidance_channels=None,  # channels that are guided: None for all, or a number of them
+    guidance_interval=None,  # (low, high): guide only while ‖f‖ lies between; None: always
+    streaming=True,  # a sample that is done makes room for the next; False: in lockstep
   )
+  row.update(changes)
+  return row

@@ -91,31 +91,52 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
   config.sharding = config_dict.create(rules=())  # none: fsdp splits the largest axis of each parameter
 
   config.samplers = config_dict.create(  # one row of the evaluation each
-    gd=_sampler(rule="gd", step_size=0.003, momentum=0.0, guidance=1.0),  # the paper's for B/2
-    nag=_sampler(rule="nag", step_size=0.0017, momentum=0.3, guidance=1.5),  # the paper's for XL/2
-    adaptive=_sampler(rule="gd", step_size=0.003, momentum=0.0, guidance=1.0, threshold=10.0),
+    gd=_row(),  # the paper's for B/2
+    nag=_row(rule="nag", step_size=0.0017, momentum=0.3, guidance=1.5),  # the paper's for XL/2
+    adaptive=_row(threshold=10.0),
   )
   config.evaluation = config_dict.create(
     # 0: none. The distance is that of latents; there is no decoder and no Inception here yet.
     samples=0,
-    batch_size=256,  # samples descending together
-    seed=0,  # of the start noise, which depends on (seed, sample index) alone
+    batch_size=256,  # samples in flight
+    seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     label_agreement=False,  # fit a classifier to the real images and ask it about the samples
-    pictured="adaptive",  # the sampler whose descent is drawn
+    pictured="none",  # the sampler whose descent is drawn, or "none"
+    timed=(),  # samplers whose speed is compared: drawn again in turn, the median time is reported
+    repeats=3,  # how often
+  )
+  config.sample = config_dict.create(  # of --mode=sample; latents, with their first three channels as pictures
+    sampler="nag",  # one of the samplers
+    count=100,  # samples
+    labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
+    batch_size=64,  # samples in flight
+    seed=0,
+    weights="ema",  # "ema" or "model"
+    images=False,  # also one PNG a sample
+    npz=True,  # also the arrays
   )
   return config
 
 
-def _sampler(
-  *, rule: str, step_size: float, momentum: float, guidance: float, threshold: float = 0.0
-) -> ml_collections.ConfigDict:
-  return config_dict.create(
-    rule=rule,  # "gd" or "nag"
-    step_size=step_size,  # η
-    momentum=momentum,  # μ, of "nag"
+def _row(**changes) -> ml_collections.ConfigDict:
+  row = config_dict.create(
+    # Descents: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin".
+    # Integrators: "euler", "heun", "tsit5", "dopri5"; for a network with time also "euler_maruyama".
+    rule="gd",
+    step_size=0.003,  # η; 0 is "auto": 2/(λ·max_evaluations)
+    momentum=0.0,  # μ, of "nag" and "nesterov"
+    temperature=0.0,  # T, of "langevin"
     max_evaluations=249,  # network calls a sample may use: the paper's "250 steps"
-    threshold=threshold,  # a sample stops at ‖f‖ ≤ threshold; 0: never
-    guidance=guidance,  # classifier-free guidance scale; 1: none
+    min_evaluations=0,  # no sample stops before
+    threshold=0.0,  # a sample stops at ‖f‖ ≤ threshold; 0: never
+    relative_threshold=False,  # compare ‖f‖/λ instead
+    max_restarts=0,  # how often a sample that diverges begins again
+    tolerance=0.0,  # of an integrator with step control, relative and absolute; 0: equal steps
+    guidance=1.0,  # classifier-free guidance scale; 1: none
     guidance_channels=3,  # channels that are guided: None for all; the first 3 as in the reference
+    guidance_interval=None,  # (low, high): guide only while ‖f‖ lies between; None: always
+    streaming=True,  # a sample that is done makes room for the next; False: in lockstep
   )
+  row.update(changes)
+  return row

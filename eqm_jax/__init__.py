@@ -7,6 +7,8 @@ costs nothing and starts no backend.
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOMES = {
   "load": "training.pretrained",
   "save_pretrained": "training.pretrained",
@@ -16,6 +18,10 @@ _HOMES = {
   "CONVERGED": "equilibrium.sampler",
   "BUDGET": "equilibrium.sampler",
   "DIVERGED": "equilibrium.sampler",
+  "descend_stream": "equilibrium.streaming",
+  "start_noise": "equilibrium.sampler",
+  "integrate": "equilibrium.integrators",
+  "conditional_field": "equilibrium.field",
   "implicit_field": "equilibrium.field",
   "guided": "equilibrium.field",
   "magnitude": "equilibrium.objective",

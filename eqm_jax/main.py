@@ -9,13 +9,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); file.py:variant chooses a variant.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, evaluation.")
-MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "evaluate"], "train: to the end, then evaluate. evaluate: what is there."
-)
-CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Model to evaluate, if not the workdir's: anything eqm_jax.load reads."
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, results.")
+MODES = ["train", "evaluate", "sample"]
+MODE = flags.DEFINE_enum("mode", "train", MODES, "train: to the end, then evaluate. evaluate, sample: what is there.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model to use if not the workdir's: anything eqm_jax.load reads.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 log = logging.getLogger("eqm_jax")
@@ -25,14 +22,10 @@ def main(argv: list[str]):
   if len(argv) > 1:
     raise ValueError(f"arguments that are no flags: {' '.join(argv[1:])}")
   _log_to_stderr()
-  config, workdir = CONFIG.value, os.path.abspath(WORKDIR.value)
   # Imported here, so that a mistyped flag is told at once.
-  from eqm_jax.training import train
+  from eqm_jax import programs
 
-  if MODE.value == "train" and not train.train(config, workdir):
-    return  # stopped by SIGTERM, and saved
-  if config.evaluation.samples:
-    _evaluate(config, workdir)
+  programs.run(MODE.value, CONFIG.value, os.path.abspath(WORKDIR.value), CHECKPOINT.value)
 
 
 def _log_to_stderr():
@@ -43,20 +36,6 @@ def _log_to_stderr():
   log.addHandler(handler)
   log.setLevel(logging.INFO)
   log.propagate = False
-
-
-def _evaluate(config, workdir: str):
-  from eqm_jax.data import sources
-  from eqm_jax.evaluation import evaluate
-  from eqm_jax.training import pretrained, sharding
-
-  mesh = sharding.make_mesh(**config.mesh)
-  sharding.batch_sharding(mesh, config.evaluation.batch_size)
-  source = sources.open_source(config.data.source, {**config.data.options})
-  model = pretrained.load(CHECKPOINT.value or workdir, weights=config.evaluation.weights)
-  directory = os.path.join(workdir, "evaluation")
-  evaluate.evaluate(config, model.model, model.params, source, mesh, directory)
-  log.info("figures and pictures: %s", directory)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

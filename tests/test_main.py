@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
+
+import eqm_jax
 
 TINY = [
   "--config=configs/digits.py:smoke",
@@ -58,6 +61,29 @@ def test_evaluating_again_with_another_sampler_needs_no_training(trained):
   assert "step 1/" not in finished.stderr
 
 
+def test_samples_go_to_files(trained):
+  asked = ["--config.sample.count=5", "--config.sample.labels=3,7-8", "--config.sample.images=True"]
+  finished = run(*TINY, f"--workdir={trained}", "--mode=sample", *asked)
+  assert finished.returncode == 0, finished.stderr
+  assert "images/s" in finished.stderr and "evaluations an image" in finished.stderr
+  directory = trained / "samples"
+  names = sorted(path.name for path in (directory / "images").iterdir())
+  assert names == ["000000_3.png", "000001_7.png", "000002_8.png", "000003_3.png", "000004_7.png"]
+  arrays = np.load(directory / "samples.npz")
+  assert arrays["x"].shape == (5, 8, 8, 1) and arrays["label"].tolist() == [3, 7, 8, 3, 7]
+  for name in ("samples.png", "descent.png", "descent.gif", "norms.png"):
+    assert (directory / name).stat().st_size > 100
+
+
+def test_the_authors_checkpoint_can_be_sampled(tmp_path):
+  pretrained = eqm_jax.load(ROOT / "tests" / "reference" / "eqm_tiny.pt", num_heads=4)
+  eqm_jax.export_reference(tmp_path / "tiny.pt", pretrained.model, pretrained.params)
+  flags = [f"--checkpoint={tmp_path / 'tiny.pt'}", "--config.sample.count=3", f"--workdir={tmp_path}"]
+  finished = run(*TINY, "--mode=sample", *flags)
+  assert finished.returncode == 0, finished.stderr
+  assert np.load(tmp_path / "samples" / "samples.npz")["x"].shape == (3, 8, 8, 4)
+
+
 def test_another_config_on_the_same_workdir_is_refused(trained):
   finished = run(*TINY, f"--workdir={trained}", "--config.objective.schedule.multiplier=2.0")
   assert finished.returncode == 1
@@ -76,6 +102,12 @@ def test_another_config_on_the_same_workdir_is_refused(trained):
     (["--config.model.patch_size=3"], "patch_size = 3 does not divide input_size = 8"),
     (["--config.mesh.data=3"], "there are 1"),
     (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere: no such model"),
+    (["--mode=sample", "--checkpoint=nowhere", "--config.sample.sampler=best"], "nowhere: no such model"),
+    (["--config.samplers.gd.step_size=-1.0"], "samplers.gd: step_size = -1.0"),
+    (["--config.evaluation.pictured=best"], "evaluation.pictured = 'best'"),
+    (["--config.model.time_input=True", "--config.objective.kind=flow_matching"], "evaluation.samples = 0"),
+    (["--checkpoint=x.pt"], "--checkpoint=x.pt is for"),
+    (["--config.data.source=latents"], "which takes: path, scale, num_classes"),
   ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, arguments, text):

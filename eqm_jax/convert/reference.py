@@ -56,16 +56,19 @@ def load(path: str | os.PathLike, weights: str, overrides: dict[str, Any]) -> tu
   contents = torch_file.read(path)
   if not isinstance(contents, dict):
     raise ValueError(f"{path}: holds a {type(contents).__name__}, not a state dict")
-  arguments = vars(contents["args"]) if "args" in contents else {}
+  arguments = contents.get("args") or {}
+  arguments = arguments if isinstance(arguments, dict) else vars(arguments)
   state = contents if "ema" not in contents and "model" not in contents else contents.get(weights)
   if state is None:
     raise ValueError(f"{path}: has no {weights!r} weights, only {', '.join(contents)}")
+  if not isinstance(state, dict) or not all(isinstance(tensor, torch_file.Tensor) for tensor in state.values()):
+    raise ValueError(f"{path}: holds no state dict of tensors under {weights!r}")
   state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
   model = dit.DiT(**{**_infer(path, state, arguments, overrides), **overrides})
   return model, from_state_dict(model, state, path)
 
 
-def export_reference(path: str | os.PathLike, model: dit.DiT, params: Any, *, learn_sigma: bool | None = None):
+def export_reference(path: str | os.PathLike, model: dit.DiT, params: Any, *, learn_sigma: bool = False):
   """Writes parameters as the authors' .pt.
 
   The file has `model` and `ema`, both with these parameters, and `args`.
@@ -75,7 +78,7 @@ def export_reference(path: str | os.PathLike, model: dit.DiT, params: Any, *, le
     path: the file to write.
     model, params: as `eqm_jax.load` or training gives them.
     learn_sigma: True adds the second output half that the released scripts expect,
-      zero as their training leaves it; None writes what the model has.
+      zero as their training leaves it, to a model that has none.
   """
   state = to_state_dict(model, params)
   if learn_sigma and not model.learn_sigma:

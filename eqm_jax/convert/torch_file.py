@@ -137,9 +137,18 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Mapping[str, np.ndarray
   """
   path = os.fspath(path)
   partial = path + ".partial"
+  try:
+    _write(partial, tensors, args)
+    os.replace(partial, path)
+  finally:
+    if os.path.exists(partial):
+      os.remove(partial)
+
+
+def _write(path: str, tensors: Mapping[str, Mapping[str, np.ndarray]], args: Mapping[str, Any]):
   keys: dict[int, int] = {}  # id of an array → number of its storage
   body = bytearray(b"\x80\x02}(")  # protocol 2, an empty dict, mark
-  with zipfile.ZipFile(partial, "w") as archive:
+  with zipfile.ZipFile(path, "w") as archive:
     for title, state in tensors.items():
       body += _pickle(title) + b"ccollections\nOrderedDict\n)R("
       for name, array in state.items():
@@ -155,7 +164,6 @@ def write(path: str | os.PathLike, tensors: Mapping[str, Mapping[str, np.ndarray
     archive.writestr("archive/data.pkl", bytes(body))
     archive.writestr("archive/byteorder", "little")
     archive.writestr("archive/version", "3\n")
-  os.replace(partial, path)
 
 
 def _pickle(value: str | int | float | bool | None) -> bytes:

@@ -5,6 +5,7 @@ autoencoder's `mean` and `logvar` [H, W, C], from which training draws a latent
 anew each time.
 """
 
+import inspect
 import os
 from typing import Any, Protocol
 
@@ -84,6 +85,13 @@ def open_source(name: str, options: dict[str, Any]) -> Source:
   known = {"digits": digits, "latents": Latents}
   if name not in known:
     raise ValueError(f"data.source = {name!r} is not known: choose one of {', '.join(known)}")
+  try:
+    inspect.signature(known[name]).bind(**options)
+  except TypeError as error:
+    parameters = ", ".join(inspect.signature(known[name]).parameters) or "none"
+    raise ValueError(
+      f"data.options {options} do not fit source {name!r}, which takes: {parameters} ({error})"
+    ) from error
   source = known[name](**options)
   if len(source) == 0:
     raise ValueError(f"data.source {name!r} is empty ({options})")

@@ -16,25 +16,87 @@ import numpy as np
 
 
 @flax.struct.dataclass
-class ImplicitField:
-  """f(x) of a network with its labels bound. Made by `implicit_field`."""
+class ConditionalField:
+  """f(x | label) of a network, guided or not. Made by `conditional_field`."""
 
   params: Any
-  label_B: jax.Array
-  scale: jax.Array | None
+  scale: jax.Array | None  # None: no guidance, and no null half in the batch
+  interval: jax.Array | None  # [2]: guide only while ‖f‖ lies between
   model: Any = flax.struct.field(pytree_node=False)
   channels: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
 
-  def __call__(self, x_BxHxWxC: jax.Array, gamma_B: jax.Array | None = None) -> jax.Array:
-    """f(x). `gamma_B` is for a flow-matching network, which is told the time."""
-    times = () if gamma_B is None else (gamma_B,)
+  def __call__(self, x_BxHxWxC: jax.Array, label_B: jax.Array, gamma_B: jax.Array | None = None) -> jax.Array:
+    """f(x | label); labels [B], or [B, K] for K conditions at once.
+
+    `gamma_B` is for a flow-matching network, which is told the time.
+    """
+    gamma = () if gamma_B is None else (gamma_B,)
     if self.scale is None:
-      return self.model.apply({"params": self.params}, x_BxHxWxC, self.label_B, *times)
-    # One doubled batch: both halves in one pass use the matrix units better than two passes.
-    null_B = jnp.full_like(self.label_B, self.model.num_classes)
-    doubled = [jnp.concatenate(pair) for pair in zip((x_BxHxWxC, self.label_B, *times), (x_BxHxWxC, null_B, *times))]
-    f_conditional, f_null = jnp.split(self.model.apply({"params": self.params}, *doubled), 2)
-    return _guide(f_conditional, f_null, self.scale, self.channels)
+      return self.model.apply({"params": self.params}, x_BxHxWxC, label_B, *gamma)
+    label_BxK = label_B.reshape(len(label_B), -1)
+    K = label_BxK.shape[1]
+    # One batch of K conditional parts and the null part: one pass uses the matrix units better than several.
+    labels = [*label_BxK.T, jnp.full(len(label_B), self.model.num_classes, label_B.dtype)]
+    repeated = [jnp.concatenate([part] * (K + 1)) for part in (x_BxHxWxC, *gamma)]
+    f = self.model.apply({"params": self.params}, repeated[0], jnp.concatenate(labels), *repeated[1:])
+    *f_conditional, f_null = jnp.split(f, K + 1)
+    scale_BxK = jnp.broadcast_to(self.scale if K > 1 or not self.scale.ndim else self.scale[:, None], label_BxK.shape)
+    return _guide(f_conditional, f_null, scale_BxK, self.channels, self.interval)
+
+
+def conditional_field(
+  model: Any,
+  params: Any,
+  *,
+  guidance: float | jax.Array = 1.0,
+  guidance_channels: int | Sequence[int] | None = None,
+  guidance_interval: tuple[float, float] | None = None,
+) -> ConditionalField:
+  """The network as a field that takes its labels with each call: (x, labels) → f(x | labels).
+
+  Classifier-free guidance: f = f_null + s·(f_conditional − f_null) on the guided
+  channels, f_conditional on the others. Guidance 1 costs one network pass, any
+  other one pass of twice the batch.
+
+  With labels [B, K] there are K conditions: f = f_null + Σ s_k·(f_k − f_null), one
+  pass of K + 1 times the batch; where nothing is guided, the mean of the f_k.
+
+  Args:
+    model: the network, such as `eqm_jax.networks.dit.DiT`.
+    params: its parameters.
+    guidance: the scale s: one number; one per sample [B]; for K conditions [K] or
+      [B, K], negative ones lead away from theirs.
+    guidance_channels: None guides all channels; n the first n of them (3 is what
+      the released code does with 4 latent channels); a sequence, those.
+    guidance_interval: (low, high): guide only while low ≤ ‖f_conditional‖₂ ≤ high, the
+      time-free counterpart of limiting guidance to an interval of noise levels
+      (Kynkäänniemi et al. 2024). ‖f‖ is large far from the data and falls near it.
+
+  Raises:
+    ValueError: if a channel does not exist, or the interval is empty.
+  """
+  channels = _checked_channels(guidance_channels, model.input_shape[-1])
+  plain = not isinstance(guidance, jax.Array | np.ndarray) and guidance == 1.0
+  if guidance_interval is not None and not 0 <= guidance_interval[0] < guidance_interval[1]:
+    raise ValueError(f"guidance_interval = {guidance_interval} must be (low, high) with 0 ≤ low < high")
+  return ConditionalField(
+    params=params,
+    scale=None if plain else jnp.asarray(guidance, jnp.float32),
+    interval=None if plain or guidance_interval is None else jnp.asarray(guidance_interval, jnp.float32),
+    model=model,
+    channels=channels,
+  )
+
+
+@flax.struct.dataclass
+class ImplicitField:
+  """A conditional field with its labels bound. Made by `implicit_field`."""
+
+  conditional: ConditionalField
+  label_B: jax.Array
+
+  def __call__(self, x_BxHxWxC: jax.Array, gamma_B: jax.Array | None = None) -> jax.Array:
+    return self.conditional(x_BxHxWxC, self.label_B, gamma_B)
 
 
 def implicit_field(
@@ -44,29 +106,29 @@ def implicit_field(
   *,
   guidance: float | jax.Array = 1.0,
   guidance_channels: int | Sequence[int] | None = None,
+  guidance_interval: tuple[float, float] | None = None,
 ) -> ImplicitField:
   """The network itself as a field: f(x) = model(x, label), optionally guided.
 
-  Classifier-free guidance: f = f_null + s·(f_conditional − f_null) on the guided
-  channels, f_conditional on the others. Guidance 1 costs one network pass, any
-  other one pass of twice the batch.
-
   Args:
-    model: the network, such as `eqm_jax.networks.dit.DiT`.
-    params: its parameters.
-    label_B: int labels [B]; `model.num_classes` is the null class.
-    guidance: the scale s, one number or one per sample [B].
-    guidance_channels: None guides all channels; n the first n of them (3 is what
-      the released code does with 4 latent channels); a sequence, those.
+    label_B: int labels [B], or [B, K] for K conditions; `model.num_classes` is the
+      null class.
+
+  The other arguments are those of `conditional_field`.
 
   Raises:
     ValueError: if a label or channel does not exist, or the scale has another shape.
   """
-  label_B = _checked_labels(label_B, model.num_classes)
-  channels = _checked_channels(guidance_channels, model.input_shape[-1])
-  guided_at_all = isinstance(guidance, jax.Array | np.ndarray) or guidance != 1.0
-  scale = _checked_scale(guidance, label_B.shape) if guided_at_all else None
-  return ImplicitField(params=params, label_B=label_B, scale=scale, model=model, channels=channels)
+  label_B = checked_labels(label_B, model.num_classes)
+  field_fn = conditional_field(
+    model, params, guidance=guidance, guidance_channels=guidance_channels, guidance_interval=guidance_interval
+  )
+  allowed = [(), label_B.shape] + ([label_B.shape[1:]] if label_B.ndim == 2 else [])
+  if field_fn.scale is not None and field_fn.scale.shape not in allowed:
+    raise ValueError(f"guidance has shape {field_fn.scale.shape}: for labels {label_B.shape} give one of {allowed}")
+  if field_fn.scale is None and label_B.ndim == 2:
+    raise ValueError(f"labels {label_B.shape} are several conditions a sample: give a guidance scale for them")
+  return ImplicitField(field_fn, label_B)
 
 
 @flax.struct.dataclass
@@ -79,7 +141,10 @@ class GuidedField:
   channels: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
 
   def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
-    return _guide(self.field_fn(x_BxHxWxC), self.null_field_fn(x_BxHxWxC), self.scale, self.channels)
+    f_conditional, f_null = self.field_fn(x_BxHxWxC), self.null_field_fn(x_BxHxWxC)
+    _checked_channels(self.channels, f_null.shape[-1])
+    scale_BxK = jnp.broadcast_to(self.scale, len(f_null))[:, None]
+    return _guide([f_conditional], f_null, scale_BxK, self.channels, None)
 
 
 def guided(
@@ -108,29 +173,42 @@ def as_pytree(field_fn: Callable) -> Callable:
 
 
 def _guide(
-  f_conditional: jax.Array, f_null: jax.Array, scale: jax.Array, channels: tuple[int, ...] | None
+  f_conditional: list[jax.Array],
+  f_null: jax.Array,
+  scale_BxK: jax.Array,
+  channels: tuple[int, ...] | None,
+  interval: jax.Array | None,
 ) -> jax.Array:
-  scale = scale.reshape(scale.shape + (1,) * (f_null.ndim - 1 if scale.ndim else 0)).astype(f_null.dtype)
-  f = f_null + scale * (f_conditional - f_null)
-  if channels is None:
-    return f
-  _checked_channels(channels, f.shape[-1])
-  is_guided = np.isin(np.arange(f.shape[-1]), channels)
-  return jnp.where(is_guided, f, f_conditional)
+  """f_null + Σ s_k·(f_k − f_null) where guidance acts, the mean of the f_k elsewhere."""
+  scale_KxB = scale_BxK.T.astype(f_null.dtype)
+  guided = f_null + sum(_per_sample(s_B, f_null) * (f - f_null) for s_B, f in zip(scale_KxB, f_conditional))
+  unguided = sum(f_conditional) / len(f_conditional)
+  acts = jnp.ones((), bool)
+  if channels is not None:
+    acts = acts & np.isin(np.arange(f_null.shape[-1]), channels)
+  if interval is not None:
+    norm_B = jnp.sqrt(jnp.sum(unguided**2, axis=range(1, unguided.ndim)))
+    acts = acts & _per_sample((interval[0] <= norm_B) & (norm_B <= interval[1]), f_null)
+  return jnp.where(acts, guided, unguided)
 
 
-def _checked_labels(label_B: jax.Array, num_classes: int) -> jax.Array:
-  label_B = jnp.asarray(label_B)
-  if label_B.ndim != 1 or not jnp.issubdtype(label_B.dtype, jnp.integer):
-    raise ValueError(f"labels must be integers of shape [B], not {label_B.dtype}{list(label_B.shape)}")
-  # Values of a traced array are not known; whoever traces checks before.
-  if not isinstance(label_B, jax.core.Tracer) and label_B.size:
-    low, high = int(label_B.min()), int(label_B.max())
-    if low < 0 or high > num_classes:
-      raise ValueError(
-        f"labels span {low}..{high}, but the model knows 0..{num_classes - 1}, and {num_classes} for no class"
-      )
-  return label_B
+def _per_sample(value_B: jax.Array, like: jax.Array) -> jax.Array:
+  return value_B.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def checked_labels(label_B: jax.Array, num_classes: int) -> jax.Array:
+  """Labels as an array, if the model knows them all."""
+  # Values of a traced array are not known; whoever traces checks before. In numpy, which no trace records.
+  if not isinstance(label_B, jax.core.Tracer):
+    label_B = np.asarray(label_B)
+    if label_B.size and np.issubdtype(label_B.dtype, np.integer):
+      low, high = label_B.min(), label_B.max()
+      if low < 0 or high > num_classes:
+        known = f"0..{num_classes - 1}, and {num_classes} for no class"
+        raise ValueError(f"labels span {low}..{high}, but the model knows {known}")
+  if label_B.ndim not in (1, 2) or not jnp.issubdtype(label_B.dtype, jnp.integer):
+    raise ValueError(f"labels must be integers of shape [B] or [B, K], not {label_B.dtype}{list(label_B.shape)}")
+  return jnp.asarray(label_B)
 
 
 def _checked_channels(channels: int | Sequence[int] | None, count: int) -> tuple[int, ...] | None:
@@ -140,12 +218,3 @@ def _checked_channels(channels: int | Sequence[int] | None, count: int) -> tuple
   if not chosen or min(chosen) < 0 or max(chosen) >= count:
     raise ValueError(f"guidance channels {channels} do not exist: the data has {count} channels, 0..{count - 1}")
   return chosen
-
-
-def _checked_scale(scale: float | jax.Array, label_shape: tuple[int, ...]) -> jax.Array:
-  scale = jnp.asarray(scale, jnp.float32)
-  if scale.shape not in ((), label_shape):
-    raise ValueError(
-      f"guidance has shape {scale.shape}: give one number, or one for each of the {label_shape[0]} samples"
-    )
-  return scale

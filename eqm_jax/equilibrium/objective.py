@@ -151,10 +151,14 @@ def dispersive_loss(tokens: jax.Array) -> jax.Array:
     tokens: activations [B, ...]; D is the number of elements of one sample. The
       pairs are those of the batch given here.
   """
-  z_BxD = tokens.reshape(tokens.shape[0], -1)
-  # Differences, not the expanded square: near-equal activations would cancel.
-  square_BxB = jnp.sum((z_BxD[:, None] - z_BxD[None]) ** 2, axis=-1) / z_BxD.shape[1]
-  return jax.scipy.special.logsumexp(-square_BxB) - 2 * jnp.log(z_BxD.shape[0])
+  B = tokens.shape[0]
+  z_BxD = tokens.reshape(B, -1).astype(jnp.promote_types(tokens.dtype, jnp.float32))
+  # Centred, ‖z_i‖² + ‖z_j‖² − 2·z_i·z_j loses nothing that matters, and needs no B×B×D array.
+  z_BxD -= jnp.mean(z_BxD, axis=0)
+  gram_BxB = jnp.matmul(z_BxD, z_BxD.T, precision=jax.lax.Precision.HIGHEST) / z_BxD.shape[1]
+  length_B = jnp.diagonal(gram_BxB)
+  square_BxB = jnp.maximum(length_B[:, None] + length_B[None] - 2 * gram_BxB, 0)
+  return jax.scipy.special.logsumexp(-square_BxB) - 2 * jnp.log(B)
 
 
 def _per_sample(value: jax.Array, like: jax.Array) -> jax.Array:

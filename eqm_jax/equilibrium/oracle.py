@@ -58,8 +58,14 @@ def oracle_field(
 
   Returns:
     A field, x [B, ...] → f [B, ...]. It takes memory for B·N·nodes numbers.
+
+  Raises:
+    ValueError: for fewer than two nodes, or a `smallest` outside (0, 1).
   """
   points = jnp.asarray(points)
+  points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
+  if not 0 < smallest < 1 or (nodes is not None and nodes < 2):
+    raise ValueError(f"smallest = {smallest} must lie between 0 and 1, and nodes = {nodes} be at least 2")
   if nodes is None:
     nodes = 16 + int(5 * -math.log(smallest) * math.sqrt(2 * points[0].size))
   return OracleField(points, jnp.linspace(0.0, math.log(smallest), nodes, dtype=points.dtype), schedule)

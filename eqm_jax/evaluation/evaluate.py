@@ -1,37 +1,74 @@
 """Evaluates one model: sample → distances → files.
 
-Writes into the output directory `evaluation.json`, and for people: a grid of samples
-per sampler, the descent of some samples as a strip and as an animation, and how many
-evaluations the samples used.
+Writes into the output directory `evaluation.json`, the same as a table in
+`evaluation.md`, and for people: a grid of samples per sampler, how many evaluations
+the samples of adaptive ones used, and the way of some samples.
 """
 
 import importlib.metadata
 import logging
 import os
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import eqm_jax
 from eqm_jax.data.sources import Source
-from eqm_jax.equilibrium import field, sampler
-from eqm_jax.evaluation import agreement, distances, pictures
+from eqm_jax.equilibrium import sampler
+from eqm_jax.evaluation import agreement, distances, paths, pictures, samplers
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 
 STATUS_NAMES = {sampler.CONVERGED: "converged", sampler.BUDGET: "budget", sampler.DIVERGED: "diverged"}
-STRIP_COLUMNS, ANIMATION_FRAMES = 10, 26
 
 log = logging.getLogger(__name__)
 
 
+def check(config: ml_collections.ConfigDict, model: DiT, source: Source, batching: samplers.Batching):
+  """Refuses, before anything is trained or sampled, what could not be evaluated.
+
+  Raises:
+    ValueError: naming the key and the value.
+  """
+  options = config.evaluation
+  if model.input_shape != source.shape or model.num_classes != source.num_classes:
+    raise ValueError(
+      f"the model makes {model.input_shape} of {model.num_classes} classes, but {config.data.source!r} has "
+      f"{source.shape} of {source.num_classes}: they cannot be compared"
+    )
+  if options.samples < 2:
+    raise ValueError(f"evaluation.samples = {options.samples}: a distance needs at least 2 samples")
+  if options.repeats < 1 or not set(options.timed) <= set(config.samplers):
+    raise ValueError(
+      f"evaluation.repeats = {options.repeats} must be at least 1, and evaluation.timed = {options.timed} "
+      f"some of the samplers: {', '.join(config.samplers)}"
+    )
+  if options.weights not in ("ema", "model"):
+    raise ValueError(f"evaluation.weights = {options.weights!r} is neither 'ema' nor 'model'")
+  for name, row in config.samplers.items():
+    samplers.check(name, row, model, batching)
+  check_pictured("evaluation.pictured", options.pictured, config.samplers)
+
+
+def check_pictured(key: str, name: str, rows: ml_collections.ConfigDict):
+  """Refuses a sampler that cannot be drawn; "none" draws nothing."""
+  if name == "none":
+    return
+  if name not in rows:
+    raise ValueError(f"{key} = {name!r} is not one of the samplers: {', '.join(rows)}, or 'none'")
+  if not samplers.is_descent(rows[name]):
+    raise ValueError(f"{key} = {name!r} integrates; only a descent is drawn: choose another, or 'none'")
+
+
 def evaluate(
-  config: ml_collections.ConfigDict, model: DiT, params: Any, source: Source, mesh: Mesh, directory: str
+  config: ml_collections.ConfigDict,
+  model: DiT,
+  params: Any,
+  source: Source,
+  batching: samplers.Batching,
+  directory: str,
 ) -> dict[str, Any]:
   """Samples with every sampler of the config and compares with the real data.
 
@@ -39,7 +76,7 @@ def evaluate(
     config: the whole config; `samplers` and `evaluation` are read.
     model, params: what to sample.
     source: the real data.
-    mesh: samples are split over its `data` and `fsdp` axes.
+    batching: mesh, batch size, key and λ.
     directory: where the files go; made if it is not there.
 
   Returns:
@@ -49,120 +86,82 @@ def evaluate(
     ValueError: before sampling, if the config does not fit.
   """
   options = config.evaluation
-  if options.pictured not in config.samplers:
-    raise ValueError(
-      f"evaluation.pictured = {options.pictured!r} is not one of the samplers: {', '.join(config.samplers)}"
-    )
-  if options.samples < 2:
-    raise ValueError(f"evaluation.samples = {options.samples}: a distance needs at least 2 samples")
-  if model.time_input:
-    raise ValueError(
-      "this network is told the time: it is integrated, not descended, so it has no equilibrium samplers"
-    )
+  check(config, model, source, batching)
   os.makedirs(directory, exist_ok=True)
 
   # ---------------------------------------------------------------- the real data, and what it can tell
+  in_pixels = "image" in source[0]
   real = np.stack([real_sample(source[i]) for i in range(len(source))])
   classifier = agreement.Classifier(real, source.labels) if options.label_agreement else None
-  label_N = _balanced_labels(options.samples, model)
+  label_N = samplers.balanced_labels(options.samples, model.num_classes)
   report = {
     "samples": options.samples,
     "labels": "balanced",
     "seed": options.seed,
     "weights": options.weights,
-    "space": "pixels in [-1, 1]" if "image" in source[0] else "latents",
+    "space": "pixels, clipped to [-1, 1]" if in_pixels else "latents",
     "real": {"images": len(real), "frechet_between_halves": _between_halves(real)},
-    "versions": {name: importlib.metadata.version(name) for name in ("eqm_jax", "jax", "flax", "numpy")},
+    "versions": {"eqm_jax": eqm_jax.__version__}
+    | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
     "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    "batch_size": batching.batch_size,
     "rows": {},
   }
   if classifier:
     report["real"] |= {"classifier": classifier.name, "classifier_accuracy": classifier.held_out_accuracy}
 
   # ---------------------------------------------------------------- one row for each sampler
+  seconds = {}
   for name, row in config.samplers.items():
-    result, seconds = sample(row, model, params, label_N, options.seed, options.batch_size, mesh, name)
-    images = np.clip(result.x, -1, 1) if "image" in source[0] else result.x
+    drawn = samplers.draw(name, row, model, params, label_N, batching)
+    seconds[name] = [drawn.seconds]
+    images = np.clip(drawn.result.x, -1, 1) if in_pixels else drawn.result.x
     scores = {"frechet": distances.frechet_distance(_flat(images), _flat(real))}
     if classifier:
       scores["label_agreement"] = classifier.agreement(images, label_N)
-    evaluations = result.evaluations_B
-    report["rows"][name] = {
-      **row.to_dict(),
-      **scores,
-      "evaluations": {"mean": float(evaluations.mean()), **_quantiles(evaluations)},
-      "status": {text: int(np.sum(result.status_B == code)) for code, text in STATUS_NAMES.items()},
-      "seconds": seconds,
-      "images_per_second": options.samples / seconds,
-    }
+    report["rows"][name] = {**row.to_dict(), **scores, **_counts(drawn)}
     text = "  ".join(f"{score} {value:.3f}" for score, value in scores.items())
-    log.info("%s  %s  evaluations %.1f  %.1f s", name, text, evaluations.mean(), seconds)
+    log.info("%s  %s  evaluations %.1f  %.1f s", name, text, drawn.result.evaluations_B.mean(), drawn.seconds)
     pictures.grid(images[:100], 10).save(os.path.join(directory, f"samples_{name}.png"))
     if row.threshold > 0:
       title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
-      histogram = pictures.evaluations_histogram(evaluations, row.max_evaluations, title)
+      histogram = pictures.evaluations_histogram(drawn.result.evaluations_B, row.max_evaluations, title)
       histogram.save(os.path.join(directory, f"evaluations_{name}.png"))
+  # In turn, so that what disturbs the machine for a while disturbs every sampler.
+  for _ in range(options.repeats - 1):
+    for name in options.timed:
+      drawn = samplers.draw(name, config.samplers[name], model, params, label_N, batching)
+      seconds[name].append(drawn.seconds)
+  for name, row in report["rows"].items():
+    row["seconds"] = float(np.median(seconds[name]))
+    row["images_per_second"] = options.samples / row["seconds"]
 
-  _draw_descent(config, model, params, directory)
+  # ---------------------------------------------------------------- the way of one sample per class
+  if options.pictured != "none":
+    few = samplers.balanced_labels(min(max(1, model.num_classes), 10), model.num_classes)
+    paths.draw(config.samplers[options.pictured], model, params, few, batching, directory)
   write_json(os.path.join(directory, "evaluation.json"), report)
+  with open(os.path.join(directory, "evaluation.md"), "w", encoding="utf-8") as file:
+    file.write(table(report))
   return report
 
 
-def sample(
-  row: ml_collections.ConfigDict,
-  model: DiT,
-  params: Any,
-  label_N: np.ndarray,
-  seed: int,
-  batch_size: int,
-  mesh: Mesh,
-  title: str,
-) -> tuple[sampler.Result, float]:
-  """Draws one sample per label by one sampler of a config.
-
-  Sample i starts from noise that depends on (seed, i) alone, and does not depend on
-  the batches.
-
-  Returns:
-    A `Result` of numpy arrays in the order of `label_N`, and the seconds it took,
-    compilation left out.
-  """
-  N = len(label_N)
-  batch_size = min(batch_size, N)
-  batches = [np.arange(start, start + batch_size) for start in range(0, N, batch_size)]
-  sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-
-  def run(index_B: np.ndarray, max_evaluations: int) -> sampler.Result:
-    index_B = index_B % N  # the last batch is filled up with samples that are dropped below
-    noise = sampler.start_noise(jax.random.key(seed), index_B, model.input_shape)
-    noise, labels = jax.device_put((noise, jnp.asarray(label_N[index_B])), sharding)
-    return jax.device_get(descend_as(row, model, params, labels, noise, max_evaluations))
-
-  run(batches[0], 1)  # compiles
-  begin = time.monotonic()
-  progress = tqdm.tqdm(batches, desc=title, unit_scale=batch_size, unit="image", disable=None)
-  results = [run(index_B, row.max_evaluations) for index_B in progress]
-  seconds = time.monotonic() - begin
-  return jax.tree.map(lambda *parts: np.concatenate(parts)[:N], *results), seconds
-
-
-def descend_as(
-  row: ml_collections.ConfigDict, model: DiT, params: Any, label_B: jax.Array, x0: jax.Array, max_evaluations: int
-) -> sampler.Result:
-  """One batch by one sampler of a config."""
-  field_fn = field.implicit_field(
-    model, params, label_B, guidance=row.guidance, guidance_channels=row.guidance_channels
-  )
-  return sampler.descend(
-    field_fn,
-    x0,
-    step_size=row.step_size,
-    momentum=row.momentum,
-    rule=row.rule,
-    max_evaluations=max_evaluations,
-    threshold=row.threshold,
-  )
+def table(report: dict[str, Any]) -> str:
+  """The rows of a report as a Markdown table."""
+  lines = [
+    "| sampler | rule | η | Fréchet | label agreement | evaluations (10 % – 90 %) | hardware | seconds | images/s |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for name, row in report["rows"].items():
+    count = row["evaluations"]
+    step = f"{row['step_size']:g}" if row["step_size"] else "auto"
+    agrees = f"{row['label_agreement']:.3f}" if "label_agreement" in row else "–"
+    lines.append(
+      f"| {name} | {row['rule']} | {step} | {row['frechet']:.3f} | {agrees} "
+      f"| {count['mean']:.1f} ({count['q10']:.0f} – {count['q90']:.0f}) | {row['hardware_ratio']:.2f} "
+      f"| {row['seconds']:.1f} | {row['images_per_second']:.0f} |"
+    )
+  return "\n".join(lines) + "\n"
 
 
 def real_sample(sample: dict[str, np.ndarray]) -> np.ndarray:
@@ -172,31 +171,17 @@ def real_sample(sample: dict[str, np.ndarray]) -> np.ndarray:
   return sample["mean"] if sample["mean"].ndim == 3 else sample["mean"][0]
 
 
-def _draw_descent(config: ml_collections.ConfigDict, model: DiT, params: Any, directory: str):
-  """The way of one sample per class, by the pictured sampler: a strip and an animation.
-
-  Descents are repeatable, so the state after k evaluations is a descent of budget k.
-  """
-  row = config.samplers[config.evaluation.pictured]
-  label_B = _balanced_labels(min(max(1, model.num_classes), STRIP_COLUMNS), model)
-  noise = sampler.start_noise(jax.random.key(config.evaluation.seed), np.arange(len(label_B)), model.input_shape)
-  last = descend_as(row, model, params, label_B, noise, row.max_evaluations).evaluations_B.max()
-
-  def after(evaluations: int) -> np.ndarray:
-    x = noise if evaluations == 0 else descend_as(row, model, params, label_B, noise, evaluations).x
-    return np.asarray(x)
-
-  frames = [after(k) for k in np.linspace(0, int(last), ANIMATION_FRAMES).round().astype(int).tolist()]
-  animation = [pictures.grid(frame, len(frame)) for frame in frames]
-  pictures.animation(animation, os.path.join(directory, "descent.gif"))
-  columns = [frames[i] for i in np.linspace(0, len(frames) - 1, STRIP_COLUMNS).round().astype(int)]
-  strip = np.stack(columns, axis=1).reshape(-1, *model.input_shape)
-  pictures.grid(strip, STRIP_COLUMNS).save(os.path.join(directory, "descent.png"))
-
-
-def _balanced_labels(count: int, model: DiT) -> np.ndarray:
-  """0, 1, ... repeating; without classes all the null class."""
-  return np.arange(count, dtype=np.int32) % max(1, model.num_classes)
+def _counts(drawn: samplers.Drawn) -> dict[str, Any]:
+  """What the samples took: the field's calls, and how many of the hardware's were for them."""
+  evaluations = drawn.result.evaluations_B
+  quantiles = {f"q{percent}": float(np.percentile(evaluations, percent)) for percent in (0, 10, 50, 90, 100)}
+  return {
+    "evaluations": {"mean": float(evaluations.mean()), **quantiles},
+    "hardware_evaluations": drawn.hardware_evaluations,
+    "hardware_ratio": drawn.hardware_evaluations / float(evaluations.sum()),
+    "restarts": int(drawn.result.restarts_B.sum()),
+    "status": {text: int(np.sum(drawn.result.status_B == code)) for code, text in STATUS_NAMES.items()},
+  }
 
 
 def _between_halves(real: np.ndarray, repeats: int = 10) -> float:
@@ -205,10 +190,6 @@ def _between_halves(real: np.ndarray, repeats: int = 10) -> float:
   orders = [rng.permutation(len(real)) for _ in range(repeats)]
   halves = [np.array_split(_flat(real)[order], 2) for order in orders]
   return float(np.mean([distances.frechet_distance(a, b) for a, b in halves]))
-
-
-def _quantiles(evaluations: np.ndarray) -> dict[str, float]:
-  return {f"q{percent}": float(np.percentile(evaluations, percent)) for percent in (0, 10, 50, 90, 100)}
 
 
 def _flat(images: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+import matplotlib.axes
 import matplotlib.backends.backend_agg
 import matplotlib.figure
 import numpy as np
@@ -13,8 +14,7 @@ MARGIN = 1  # pixels between images, before enlarging
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
   """Images row by row, small ones enlarged without smoothing."""
-  pixels = np.clip(np.rint(127.5 * images + 127.5), 0, 255).astype(np.uint8)
-  pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
+  pixels = _to_rgb(images)
   N, H, W, _ = pixels.shape
   rows = -(-N // columns)
   canvas = np.full((rows * (H + MARGIN) + MARGIN, columns * (W + MARGIN) + MARGIN, 3), 255, np.uint8)
@@ -25,6 +25,11 @@ def grid(images: np.ndarray, columns: int) -> Image.Image:
   return Image.fromarray(canvas).resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.Resampling.NEAREST)
 
 
+def single(image: np.ndarray) -> Image.Image:
+  """One image [H, W, C], pixel for pixel."""
+  return Image.fromarray(_to_rgb(image))
+
+
 def animation(frames: Sequence[Image.Image], path: str, *, milliseconds: int = 120):
   """Writes a GIF that runs through the frames, rests on the last and starts again."""
   durations = [milliseconds] * (len(frames) - 1) + [2000]
@@ -33,14 +38,39 @@ def animation(frames: Sequence[Image.Image], path: str, *, milliseconds: int = 1
 
 def evaluations_histogram(evaluations: np.ndarray, budget: int, title: str) -> Image.Image:
   """How many network calls the samples used, against the budget."""
-  figure = matplotlib.figure.Figure(figsize=(6, 3), layout="constrained")
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  axes = figure.subplots()
+  figure, axes = _figure()
   axes.hist(evaluations, bins=range(0, budget + 6, 5), color="tab:blue")
   axes.axvline(evaluations.mean(), color="black", label=f"mean {evaluations.mean():.0f}")
   axes.axvline(budget, color="tab:red", linestyle="--", label=f"budget {budget}")
   axes.set(xlabel="evaluations used by a sample", ylabel="samples", title=title)
   axes.legend()
+  return _rendered(figure)
+
+
+def norm_curves(norms_KxB: np.ndarray, evaluations_B: np.ndarray, threshold: float) -> Image.Image:
+  """‖f‖ of some samples at each of their evaluations, as far as they went."""
+  figure, axes = _figure()
+  for norm_K, evaluations in zip(norms_KxB.T, evaluations_B):
+    axes.plot(np.arange(1, evaluations + 1), norm_K[:evaluations], linewidth=1)
+  if threshold > 0:
+    axes.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:g}")
+    axes.legend()
+  axes.set(xlabel="evaluation", ylabel="‖f‖", yscale="log")
+  return _rendered(figure)
+
+
+def _to_rgb(images: np.ndarray) -> np.ndarray:
+  pixels = np.clip(np.rint(127.5 * images + 127.5), 0, 255).astype(np.uint8)
+  return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
+
+
+def _figure() -> tuple[matplotlib.figure.Figure, matplotlib.axes.Axes]:
+  figure = matplotlib.figure.Figure(figsize=(6, 3), layout="constrained")
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  return figure, figure.subplots()
+
+
+def _rendered(figure: matplotlib.figure.Figure) -> Image.Image:
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=120)
   return Image.open(buffer)

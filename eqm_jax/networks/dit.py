@@ -93,14 +93,15 @@ class DiT(nn.Module):
 
     tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
 
-    shift, scale = _modulation(2, self.width, dtype, "final_modulation", condition_BxD)
-    normed_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift, scale)
+    # The last layer is narrow, and its answer is summed over hundreds of steps: never below float32.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    shift, scale = _modulation(2, self.width, wide, "final_modulation", condition_BxD)
+    normed_BxTxD = _modulate(_layer_norm(tokens_BxTxD.astype(wide)), shift, scale)
     zeros = nn.initializers.zeros
-    out_BxTxP = nn.Dense(self.patch_size**2 * out_channels, dtype=dtype, kernel_init=zeros, name="final_out")(
+    out_BxTxP = nn.Dense(self.patch_size**2 * out_channels, dtype=wide, kernel_init=zeros, name="final_out")(
       normed_BxTxD
     )
     f_BxHxWxC = unpatchify(out_BxTxP, self.patch_size, out_channels)[..., : self.channels]
-    f_BxHxWxC = f_BxHxWxC.astype(jnp.promote_types(dtype, jnp.float32))
     return (f_BxHxWxC, tokens_BxTxD) if return_tokens else f_BxHxWxC
 
   def _blocks(self, dtype):
@@ -125,6 +126,11 @@ class DiT(nn.Module):
       raise ValueError(f"labels have shape {label.shape}: give one for each of the {x.shape[0]} samples of x {x.shape}")
     if not jnp.issubdtype(label.dtype, jnp.integer):
       raise ValueError(f"labels are {label.dtype}: give integers 0..{self.num_classes}")
+    # Values of a traced array are not known: whoever compiles checks before. In numpy, which no trace records.
+    if not isinstance(label, jax.core.Tracer) and label.size:
+      low, high = np.asarray(label).min(), np.asarray(label).max()
+      if low < 0 or high > self.num_classes:
+        raise ValueError(f"labels span {low}..{high}: this model knows 0..{self.num_classes}")
     if self.time_input != (gamma is not None):
       raise ValueError(
         "this model needs a time (time_input=True)"
@@ -160,7 +166,7 @@ class Block(nn.Module):
     tokens_BxTxD = tokens_BxTxD + gate_attention * h_BxTxD
 
     h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_mlp, scale_mlp)
-    h_BxTxF = nn.gelu(_dense(int(self.width * self.mlp_ratio), dtype, name="mlp_in")(h_BxTxD), approximate=True)
+    h_BxTxF = nn.gelu(_dense(round(self.width * self.mlp_ratio), dtype, name="mlp_in")(h_BxTxD), approximate=True)
     tokens_BxTxD = tokens_BxTxD + gate_mlp * _dense(self.width, dtype, name="mlp_out")(h_BxTxF)
     return tokens_BxTxD, None
 
@@ -259,6 +265,8 @@ def _check_attributes(m: DiT):
   for name in ("input_size", "channels", "patch_size", "width", "depth", "num_heads", "unroll"):
     if getattr(m, name) < 1:
       raise ValueError(f"model: {name} = {getattr(m, name)} must be at least 1")
+  if not round(m.width * m.mlp_ratio) > 0:
+    raise ValueError(f"model: mlp_ratio = {m.mlp_ratio} must be positive")
   if m.num_classes < 0:
     raise ValueError(f"model: num_classes = {m.num_classes} must not be negative (0: unconditional)")
   if m.input_size % m.patch_size:

@@ -8,6 +8,7 @@ save leaves the previous ones whole.
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -48,11 +49,23 @@ def restore(manager: ocp.CheckpointManager, step: int, shapes: Any, iterator: gr
   Raises:
     ValueError: if the checkpoint holds other arrays than `shapes`.
   """
-  _check_shapes(f"{manager.directory}/{step}", manager.item_metadata(step).state, shapes)
   state_args = ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes))
-  restored = manager.restore(step, args=ocp.args.Composite(state=state_args, data=ocp.args.JsonRestore()))
+  directory = f"{manager.directory}/{step}"
+  with _naming(directory):
+    metadata = manager.item_metadata(step).state
+  _check_shapes(directory, metadata, shapes)
+  with _naming(directory):
+    restored = manager.restore(step, args=ocp.args.Composite(state=state_args, data=ocp.args.JsonRestore()))
   iterator.set_state(restored.data)
   return restored.state
+
+
+def steps(workdir: str) -> list[int]:
+  """The steps of a run's finished checkpoints, ascending."""
+  if not os.path.isdir(os.path.join(workdir, DIRECTORY)):
+    return []
+  with contextlib.closing(open_manager(workdir)) as manager:
+    return sorted(manager.all_steps())
 
 
 def restore_params(workdir: str, name: str, shapes: Any) -> Any:
@@ -61,14 +74,16 @@ def restore_params(workdir: str, name: str, shapes: Any) -> Any:
   Raises:
     ValueError: if the run has no checkpoint, or one of a model of other shapes.
   """
-  if not os.path.isdir(os.path.join(workdir, DIRECTORY)):
-    raise ValueError(f"{workdir}: no {DIRECTORY} in it; was it trained?")
+  if not steps(workdir):
+    raise ValueError(f"{workdir}: no finished checkpoint in its {DIRECTORY}; was it trained?")
   with contextlib.closing(open_manager(workdir)) as manager:
     step = manager.latest_step()
-    if step is None:
-      raise ValueError(f"{workdir}: no finished checkpoint in {manager.directory}")
-    _check_shapes(f"{manager.directory}/{step}", manager.item_metadata(step).state, {name: shapes})
-    return manager.restore(step, args=ocp.args.Composite(state=_partial_restore({name: shapes}))).state[name]
+    directory = f"{manager.directory}/{step}"
+    with _naming(directory):
+      metadata = manager.item_metadata(step).state
+    _check_shapes(directory, metadata, {name: shapes})
+    with _naming(directory):
+      return manager.restore(step, args=ocp.args.Composite(state=_partial_restore({name: shapes}))).state[name]
 
 
 def write_tree(directory: str, tree: Any):
@@ -85,8 +100,11 @@ def read_tree(directory: str, shapes: Any) -> Any:
   """
   directory = os.path.abspath(directory)
   with ocp.PyTreeCheckpointer() as checkpointer:
-    _check_shapes(directory, checkpointer.metadata(directory).item_metadata, shapes)
-    return checkpointer.restore(directory, args=_partial_restore(shapes))
+    with _naming(directory):
+      metadata = checkpointer.metadata(directory).item_metadata
+    _check_shapes(directory, metadata, shapes)
+    with _naming(directory):
+      return checkpointer.restore(directory, args=_partial_restore(shapes))
 
 
 def _partial_restore(shapes: Any) -> ocp.args.PyTreeRestore:
@@ -95,6 +113,16 @@ def _partial_restore(shapes: Any) -> ocp.args.PyTreeRestore:
   placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
   restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
   return ocp.args.PyTreeRestore(placed, restore_args=restore_args, partial_restore=True)
+
+
+@contextlib.contextmanager
+def _naming(directory: str) -> Iterator[None]:
+  """Names the checkpoint in whatever goes wrong with it, in one line."""
+  try:
+    yield
+  except (ValueError, KeyError, OSError, AttributeError) as error:  # what Orbax and tensorstore raise on damaged files
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    raise ValueError(f"{directory}: damaged checkpoint ({reason}). Remove it, and the one before it is used") from error
 
 
 def _check_shapes(directory: str, metadata: Any, expected: Any):

@@ -19,7 +19,7 @@ class MetricWriter:
     self._path = os.path.join(workdir, "metrics.jsonl")
     self._keep_up_to(first_step)
     self._file = open(self._path, "a", encoding="utf-8")
-    self._board = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step or None)
+    self._board = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
     self._last_step, self._batch_size = last_step, batch_size
     self._step, self._time = None, None
 

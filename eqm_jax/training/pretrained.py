@@ -40,8 +40,8 @@ def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pre
   path = os.fspath(path)
   if weights not in ("ema", "model"):
     raise ValueError(f"weights = {weights!r} is neither 'ema' nor 'model'")
-  _check_overrides(overrides)
-  if os.path.isfile(path) and os.path.basename(path) != CONFIG:
+  _check_names(overrides, "override")
+  if os.path.isfile(path):
     model, params = reference.load(path, weights, overrides)
   else:
     config_path = os.path.join(path, CONFIG)
@@ -49,7 +49,11 @@ def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pre
       raise ValueError(
         f"{path}: no such model: expected a training workdir or an exported directory (with {CONFIG}), or a .pt file"
       )
-    model = dit.DiT(**{**read_json(config_path)["model"], **overrides})
+    config = read_json(config_path)
+    if not isinstance(config, dict) or not set(config.get("model", ())) >= set(_required()):
+      raise ValueError(f"{config_path}: not the config of a model: its section 'model' needs {', '.join(_required())}")
+    _check_names(config["model"], config_path)
+    model = dit.DiT(**{**config["model"], **overrides})
     shapes = dit.parameter_shapes(model)
     if os.path.isdir(os.path.join(path, PARAMS)):
       params = checkpoint.read_tree(os.path.join(path, PARAMS), shapes)
@@ -75,12 +79,18 @@ def save_pretrained(path: str | os.PathLike, model: dit.DiT, params: Any):
   write_json(os.path.join(path, CONFIG), {"model": dit.attributes(model)})
 
 
-def _check_overrides(overrides: dict[str, Any]):
-  known = [field.name for field in dataclasses.fields(dit.DiT) if field.name not in ("parent", "name")]
-  for name in overrides:
+def _check_names(attributes: dict[str, Any], where: str):
+  known = [field.name for field in _fields()]
+  for name in attributes:
     if name not in known:
       near = difflib.get_close_matches(name, known, 1)
-      raise ValueError(
-        f"{name} is not an attribute of the model{f', did you mean {near[0]}?' if near else '.'} "
-        f"Known: {', '.join(known)}"
-      )
+      hint = f", did you mean {near[0]}?" if near else "."
+      raise ValueError(f"{where}: {name} is not an attribute of the model{hint} Known: {', '.join(known)}")
+
+
+def _required() -> list[str]:
+  return [field.name for field in _fields() if field.default is dataclasses.MISSING]
+
+
+def _fields() -> list[dataclasses.Field]:
+  return [field for field in dataclasses.fields(dit.DiT) if field.name not in ("parent", "name")]

@@ -74,6 +74,12 @@ def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
   )
 
 
+def table(shardings: Any) -> str:
+  """One line for each array: its path and its axes."""
+  rows = jax.tree_util.tree_leaves_with_path(shardings)
+  return "\n".join(f"  {path_name(path):32s} {tuple(leaf.spec) or 'replicated'}" for path, leaf in rows)
+
+
 def path_name(path: tuple) -> str:
   """A tree path as "params/blocks/qkv/kernel"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")

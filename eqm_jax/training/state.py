@@ -22,11 +22,20 @@ class TrainState:
   opt_state: Any
 
 
+# Random numbers for one purpose never share a key with those for another.
+STREAMS = {"parameters": 0, "steps": 1, "samples": 2}
+
+
+def stream_key(seed: int, purpose: str) -> jax.Array:
+  """The root key of one purpose of a seed; a step or a sample index is folded into it."""
+  return jax.random.fold_in(jax.random.key(seed), STREAMS[purpose])
+
+
 def init_state(model: DiT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
   """The state before the first step; a function of the seed alone. Jit it with shardings."""
   x, label = jnp.zeros((1, *model.input_shape)), jnp.zeros(1, jnp.int32)
   gamma = (jnp.zeros(1),) if model.time_input else ()
-  params = model.init(jax.random.key(seed), x, label, *gamma)["params"]
+  params = model.init(stream_key(seed, "parameters"), x, label, *gamma)["params"]
   # A copy, not an alias: both are donated to the first step.
   ema_params = jax.tree.map(jnp.copy, params)
   return TrainState(

@@ -27,7 +27,7 @@ from eqm_jax.training import state as state_lib
 log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: it does not touch the parameters.
-FREE_SECTIONS = ("checkpoint", "evaluation", "samplers")
+FREE_SECTIONS = ("checkpoint", "evaluation", "sample", "samplers")
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
@@ -49,13 +49,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
   optimizer = state_lib.make_optimizer(config.optimizer, steps)
   mesh = sharding.make_mesh(**config.mesh)
   batch_sharding = sharding.batch_sharding(mesh, batch_size)
-  _claim(workdir, config)
+  check_same_run(workdir, config)
 
   # ---------------------------------------------------------------- state: shapes → shardings → jitted init
   init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
   shapes = jax.eval_shape(init)
   shardings = sharding.tree_shardings(shapes, config.sharding.rules, mesh)
   log.info("model\n%s", clu.parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
+  log.info("sharding\n%s", sharding.table(shardings.params))
   log.info("devices: %d × %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
 
   data = pipeline.batches(
@@ -68,6 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     process_count=jax.process_count(),
   )
   manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
+  write_json(os.path.join(workdir, pretrained.CONFIG), json.loads(config.to_json()))
   first_step = manager.latest_step() or 0
   if first_step:
     placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
@@ -77,18 +79,25 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     state = jax.jit(init, out_shardings=shardings)()
 
   # ---------------------------------------------------------------- one step
+  learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
+
   def step_fn(state, batch):
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(state_lib.stream_key(config.seed, "steps"), state.step)
     loss_fn = functools.partial(batch_loss, model, config.objective, schedule, batch, key)
     loss, gradient = jax.value_and_grad(loss_fn)(state.params)
-    scalars = {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
-    return state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay), scalars
+    updated = state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay)
+    scalars = {
+      "loss": loss,
+      "gradient_norm": optax.tree.norm(gradient),
+      "parameter_norm": optax.tree.norm(updated.params),  # not finite if the update was not
+      "learning_rate": learning_rate(state.step),
+    }
+    return updated, scalars
 
   step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
   # ---------------------------------------------------------------- the loop
   zero_loss = _loss_scale(config.objective, schedule)
-  learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
   writer = metrics.MetricWriter(workdir, first_step=first_step, last_step=steps, batch_size=batch_size)
 
   def report(step, scalars):
@@ -100,8 +109,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
         f"step {step}: {seen}; stopped. The newest checkpoint is that of step {manager.latest_step()}"
       )
     if step % config.train.log_every == 0 or step in (1, steps):
-      relative = scalars["loss"] / zero_loss
-      writer.write(step, {**scalars, "relative_loss": relative, "learning_rate": float(learning_rate(step - 1))})
+      writer.write(step, {**scalars, "relative_loss": scalars["loss"] / zero_loss})
 
   with contextlib.closing(manager), contextlib.closing(writer), _sigterm() as stopped:
     pending = None
@@ -118,8 +126,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
         checkpoint.save(manager, step, state, data)
       if stopping:
         log.info("SIGTERM: saved step %d", step)
-        return False
-  return True
+        break
+  return not stopped.is_set()
 
 
 def batch_loss(
@@ -186,28 +194,31 @@ def _check_fits(config: ml_collections.ConfigDict, model: DiT, source: sources.S
     raise ValueError(f"objective.label_dropout = {config.objective.label_dropout} must lie in [0, 1]")
   if not 0 <= config.optimizer.ema_decay < 1:
     raise ValueError(f"optimizer.ema_decay = {config.optimizer.ema_decay} must lie in [0, 1)")
-  for name, value in (("train.steps", config.train.steps), ("train.log_every", config.train.log_every)):
+  counts = {
+    "train.steps": config.train.steps,
+    "train.batch_size": config.train.batch_size,
+    "train.log_every": config.train.log_every,
+    "checkpoint.every": config.checkpoint.every,
+    "checkpoint.keep": config.checkpoint.keep,
+    "data.threads": config.data.threads,
+  }
+  for name, value in counts.items():
     if value < 1:
       raise ValueError(f"{name} = {value} must be at least 1")
-  if config.checkpoint.every < 1:
-    raise ValueError(f"checkpoint.every = {config.checkpoint.every} must be at least 1")
 
 
-def _claim(workdir: str, config: ml_collections.ConfigDict):
-  """Records the config in the workdir, or refuses a workdir that holds another run."""
-  os.makedirs(workdir, exist_ok=True)
+def check_same_run(workdir: str, config: ml_collections.ConfigDict):
+  """Refuses a workdir whose checkpoints were trained with another config."""
   path = os.path.join(workdir, pretrained.CONFIG)
-  given = json.loads(config.to_json())
-  if os.path.exists(path):
-    saved = read_json(path)
-    differences = [
-      f"{name}: {was!r} there, {now!r} given"
-      for name, was, now in _differences(saved, given)
-      if name.split(".")[0] not in FREE_SECTIONS
-    ]
-    if differences:
-      raise ValueError(f"{workdir} holds a run with another config: {'; '.join(differences)}. Choose another --workdir")
-  write_json(path, given)
+  if not (os.path.exists(path) and checkpoint.steps(workdir)):
+    return
+  differences = [
+    f"{name}: {was!r} there, {now!r} given"
+    for name, was, now in _differences(read_json(path), json.loads(config.to_json()))
+    if name.split(".")[0] not in FREE_SECTIONS
+  ]
+  if differences:
+    raise ValueError(f"{workdir} holds a run with another config: {'; '.join(differences)}. Choose another --workdir")
 
 
 def _differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -42,6 +42,32 @@ def test_guided_by_another_field_agrees_with_the_doubled_batch():
   np.testing.assert_allclose(field.guided(conditional, lambda x: null(x), 2.5, 3)(X), expected)
 
 
+def test_guidance_acts_only_while_the_gradient_lies_in_the_interval():
+  x = jnp.stack([jnp.full((2, 2, 4), value) for value in (1.0, 5.0, 20.0)])  # norms of 4, 20, 80
+  labels = jnp.zeros(3, jnp.int32)
+  f = field.implicit_field(Tagger(), {}, labels, guidance=2.0, guidance_interval=(10.0, 50.0))(x)
+  np.testing.assert_allclose(f[:, 0, 0, 0], [1.0, 5.0 - 3.0, 20.0])  # f_null = x + 3: guided is x − 3
+
+
+def test_several_conditions_with_weights():
+  labels = jnp.asarray([[0, 1], [2, 1]])
+  f = field.implicit_field(Tagger(), {}, labels, guidance=jnp.asarray([1.5, -0.5]))(X)
+  expected = [3 + 1.5 * (a - 3) - 0.5 * (b - 3) for a, b in ((0, 1), (2, 1))]
+  np.testing.assert_allclose(f[:, 0, 0, 0], expected)
+  each = field.implicit_field(Tagger(), {}, labels, guidance=jnp.asarray([[1.0, 0.0], [0.0, 1.0]]))(X)
+  np.testing.assert_allclose(each[:, 0, 0, 0], [0, 1])
+  # Where no channel is guided, the mean of the conditions.
+  some = field.implicit_field(Tagger(), {}, labels, guidance=jnp.asarray([1.5, -0.5]), guidance_channels=1)(X)
+  np.testing.assert_allclose(some[:, 0, 0, 1], [0.5, 1.5])
+
+
+def test_a_conditional_field_takes_its_labels_with_the_call():
+  free = field.conditional_field(Tagger(), {}, guidance=2.0, guidance_channels=2)
+  np.testing.assert_array_equal(
+    free(X, LABELS), field.implicit_field(Tagger(), {}, LABELS, guidance=2.0, guidance_channels=2)(X)
+  )
+
+
 def test_guidance_one_costs_no_second_half():
   model = DiT(input_size=8, channels=1, patch_size=2, width=16, depth=1, num_heads=2, num_classes=3)
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32))["params"]
@@ -61,6 +87,8 @@ def test_guidance_one_costs_no_second_half():
     (dict(label_B=jnp.asarray([0.0, 1.0])), "float32"),
     (dict(label_B=LABELS, guidance=2.0, guidance_channels=5), "4 channels"),
     (dict(label_B=LABELS, guidance=jnp.ones(3)), r"\(3,\)"),
+    (dict(label_B=LABELS[:, None]), "several conditions"),
+    (dict(label_B=LABELS, guidance=2.0, guidance_interval=(3.0, 1.0)), r"guidance_interval = \(3.0, 1.0\)"),
   ],
 )
 def test_bad_input_is_refused(arguments, text):

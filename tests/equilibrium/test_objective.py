@@ -64,6 +64,13 @@ def test_dispersive_loss_is_that_of_its_formula():
   np.testing.assert_allclose(objective.dispersive_loss(jnp.asarray(tokens)), np.log(np.mean(pairs)), rtol=1e-5)
 
 
+def test_dispersive_loss_of_bfloat16_is_computed_in_float32():
+  tokens = jnp.asarray(1e-2 * np.random.default_rng(0).normal(size=(8, 512)) + 3.0, jnp.bfloat16)
+  loss = objective.dispersive_loss(tokens)
+  assert loss.dtype == jnp.float32
+  np.testing.assert_allclose(loss, objective.dispersive_loss(tokens.astype(jnp.float32)), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   "arguments, text",
   [

@@ -75,6 +75,91 @@ def test_optax_state_belongs_to_each_sample():
   assert together.status_B.tolist() == [CONVERGED] * 3
 
 
+def test_classical_nesterov_accumulates_its_velocity():
+  x, v = X0, jnp.zeros_like(X0)
+  for _ in range(6):
+    v = 0.4 * v - 0.02 * bowl(x + 0.4 * v)
+    x = x + v
+  result = descend(bowl, X0, step_size=0.02, momentum=0.4, rule="nesterov", max_evaluations=6)
+  np.testing.assert_allclose(result.x, x, rtol=1e-5)
+  nag = descend(bowl, X0, step_size=0.02, momentum=0.4, rule="nag", max_evaluations=6)
+  assert not np.allclose(nag.x, x)
+
+
+def test_named_adam_is_that_of_optax():
+  named = descend(bowl, X0, step_size=0.05, rule="adam", max_evaluations=20)
+  np.testing.assert_allclose(
+    named.x, descend(bowl, X0, step_size=1.0, rule=optax.adam(0.05), max_evaluations=20).x, rtol=1e-5
+  )
+
+
+def test_lbfgs_learns_the_curvature_of_each_sample():
+  """A stiff quadratic, where gradient descent is slow."""
+  stiffness = jnp.asarray([1.0, 100.0])
+  stiff = jax.tree_util.Partial(lambda x: stiffness * x)
+  gd = descend(stiff, X0 + 1, step_size=0.01, rule="gd", max_evaluations=200, threshold=1e-3)
+  lbfgs = descend(stiff, X0 + 1, step_size=0.5, rule="lbfgs", max_evaluations=200, threshold=1e-3)
+  assert gd.status_B.tolist() == [BUDGET] * 3 and lbfgs.status_B.tolist() == [CONVERGED] * 3
+
+
+def test_langevin_samples_the_distribution_of_its_energy():
+  """exp(−E/T) with E = 5‖x‖² is a Gaussian of variance T/10."""
+  x0 = jnp.zeros((4000, 2))
+  result = descend(
+    bowl, x0, step_size=0.005, rule="langevin", temperature=2.0, max_evaluations=200, key=jax.random.key(0)
+  )
+  np.testing.assert_allclose(result.x.var(axis=0), 0.2, rtol=0.1)
+  cold = descend(bowl, X0, step_size=0.005, rule="langevin", max_evaluations=5, key=jax.random.key(0))
+  np.testing.assert_allclose(cold.x, descend(bowl, X0, step_size=0.005, rule="gd", max_evaluations=5).x, rtol=1e-6)
+
+
+def test_a_schedule_gives_the_step_size_from_the_evaluations_so_far():
+  def schedule(evaluations):
+    return jnp.where(evaluations < 2, 0.02, 0.05)
+
+  result = descend(bowl, X0, step_size=schedule, rule="gd", max_evaluations=3)
+  np.testing.assert_allclose(result.x, X0 * 0.8 * 0.8 * 0.5, rtol=1e-6)
+
+
+def test_auto_keeps_the_length_of_the_way():
+  for evaluations in (10, 40):
+    auto = descend(bowl, X0, step_size="auto", multiplier=4.0, rule="gd", max_evaluations=evaluations)
+    by_hand = descend(bowl, X0, step_size=0.5 / evaluations, rule="gd", max_evaluations=evaluations)
+    np.testing.assert_allclose(auto.x, by_hand.x, rtol=1e-5)
+
+
+def test_the_threshold_can_be_relative_and_has_a_minimum_of_evaluations():
+  options = dict(step_size=0.02, rule="gd", max_evaluations=100)
+  absolute = descend(bowl, X0, threshold=2.0, **options)
+  relative = descend(bowl, X0, threshold=0.5, multiplier=4.0, **options)
+  np.testing.assert_array_equal(absolute.evaluations_B, relative.evaluations_B)
+  late = descend(bowl, X0, threshold=2.0, min_evaluations=12, **options)
+  np.testing.assert_array_equal(late.evaluations_B, np.maximum(absolute.evaluations_B, 12))
+
+
+def test_recording_shows_the_way_and_changes_nothing():
+  options = dict(step_size=0.02, rule="gd", max_evaluations=30, threshold=2.0)
+  plain = descend(bowl, X0, **options)
+  result = descend(bowl, X0, record_at=(0, 3, 7, 30), **options)
+  np.testing.assert_array_equal(result.x, plain.x)
+  assert plain.record is None and result.record["x"].shape == (4, *X0.shape)
+  for k, x, norm in zip((0, 3, 7, 30), result.record["x"], result.record["norm"]):
+    updates = np.minimum(k, plain.evaluations_B - 1)[:, None]
+    np.testing.assert_allclose(x, X0 * 0.8**updates, rtol=1e-5)
+    if k == 3:
+      np.testing.assert_allclose(norm, 10 * np.linalg.norm(X0 * 0.8**2, axis=1), rtol=1e-5)
+  energies = descend(
+    bowl, X0, record_at=range(6), record_fn=lambda x, norm: 5 * jnp.sum(x**2, axis=-1), **options
+  ).record
+  assert energies.shape == (6, 3) and np.all(np.diff(energies, axis=0) < 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 4), (2,)])
+def test_a_field_of_another_shape_is_refused(shape):
+  with pytest.raises(ValueError, match="it must be the same"):
+    descend(lambda x: jnp.ones(shape), X0, step_size=0.1, max_evaluations=3)
+
+
 def test_weights_budget_and_threshold_are_arguments_not_constants():
   calls = []
 
@@ -120,7 +205,18 @@ def test_start_noise_depends_on_key_and_index_alone():
     (dict(momentum=1.0), "momentum = 1.0"),
     (dict(momentum=-0.1), "momentum = -0.1"),
     (dict(momentum=0.3, rule="gd"), "rule 'gd' takes none"),
-    (dict(rule="adam"), "'adam' is not known"),
+    (dict(rule="sgd"), "'sgd' is not known"),
+    (dict(rule=0.1), "neither a name nor an optax"),
+    (dict(rule=optax.lbfgs()), "such as the value of a loss"),
+    (dict(rule="langevin", temperature=0.1), "key="),
+    (dict(rule="langevin", temperature=-0.1, key=jax.random.key(0)), "temperature = -0.1"),
+    (dict(temperature=0.1), "belongs to rule 'langevin'"),
+    (dict(step_size="small"), "'small'"),
+    (dict(min_evaluations=4), "min_evaluations = 4"),
+    (dict(multiplier=0.0), "multiplier = 0.0"),
+    (dict(max_restarts=1), "key="),
+    (dict(record_at=[2, 1]), r"record_at = \(2, 1\)"),
+    (dict(record_at=[4]), r"record_at = \(4,\)"),
     (dict(max_evaluations=0), "max_evaluations = 0"),
     (dict(threshold=-1.0), "threshold = -1.0"),
     (dict(threshold=jnp.ones(2)), "3 samples"),

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +6,14 @@ from PIL import Image
 
 from eqm_jax.data import sources
 from eqm_jax.equilibrium import sampler
-from eqm_jax.evaluation import agreement, evaluate, pictures
+from eqm_jax.evaluation import agreement, evaluate, pictures, samplers
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import sharding
 
 
-@pytest.fixture(scope="module")
-def mesh():
-  return sharding.make_mesh(-1, 1, 1)
+@pytest.fixture
+def batching():
+  return samplers.Batching(sharding.make_mesh(-1, 1, 1), 10, jax.random.key(0), 4.0)
 
 
 @pytest.fixture
@@ -27,46 +25,20 @@ def model_and_params(tiny_config):
   return model, jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), params)
 
 
-@dataclasses.dataclass(frozen=True)
-class Bowls:
-  """A model whose field is steeper for some labels, so that samples need different numbers of steps."""
-
-  num_classes: int = 10
-  input_shape: tuple[int, ...] = (8, 8, 1)
-
-  def apply(self, variables, x, label):
-    return (variables["params"] + label[:, None, None, None]) * x
-
-
-def test_samples_do_not_depend_on_the_batches(tiny_config, mesh):
-  labels = np.arange(13, dtype=np.int32) % 10
-  row = tiny_config.samplers.adaptive
-  row.update(threshold=1.0, step_size=0.04, max_evaluations=60)
-  whole, _ = evaluate.sample(row, Bowls(), 2.0, labels, 0, 13, mesh, "")
-  parts, seconds = evaluate.sample(row, Bowls(), 2.0, labels, 0, 5, mesh, "")
-  assert whole.x.shape == (13, 8, 8, 1) and seconds > 0
-  np.testing.assert_allclose(parts.x, whole.x, atol=1e-6)
-  np.testing.assert_array_equal(parts.evaluations_B, whole.evaluations_B)
-  assert len(set(whole.evaluations_B)) > 5, "the samples should differ in their evaluations"
-  noise = sampler.start_noise(jax.random.key(0), np.arange(13), (8, 8, 1))
-  steepness = (2.0 + labels)[:, None, None, None]
-  updates = (whole.evaluations_B - 1)[:, None, None, None]
-  np.testing.assert_allclose(whole.x, noise * (1 - 0.04 * steepness) ** updates, atol=1e-5)
-
-
-def test_real_samples_are_at_no_distance_from_themselves(tiny_config, model_and_params, mesh, tmp_path, monkeypatch):
+def test_real_samples_are_at_no_distance_from_themselves(
+  tiny_config, model_and_params, batching, tmp_path, monkeypatch
+):
   """Real images instead of samples: a distance of zero, and the classifier's own accuracy."""
   source = sources.digits()
 
-  def real_ones(row, model, params, label_N, *rest):
-    order = np.argsort(source.labels % 10, kind="stable")
-    images = np.stack([source.images[order][source.labels[order] == label][i // 10] for i, label in enumerate(label_N)])
+  def real_ones(name, row, model, params, label_N, batching):
+    images = np.stack([source.images[source.labels == label][i // 10] for i, label in enumerate(label_N)])
     zeros = np.zeros(len(label_N), np.int32)
-    return sampler.Result(x=images, evaluations_B=zeros, norm_B=zeros, status_B=zeros), 1.0
+    return samplers.Drawn(sampler.Result(images, zeros + 1, zeros, zeros, zeros), 1.0, len(label_N))
 
-  monkeypatch.setattr(evaluate, "sample", real_ones)
+  monkeypatch.setattr(samplers, "draw", real_ones)
   tiny_config.evaluation.samples = 1700
-  report = evaluate.evaluate(tiny_config, *model_and_params, source, mesh, str(tmp_path))
+  report = evaluate.evaluate(tiny_config, *model_and_params, source, batching, str(tmp_path))
   for row in report["rows"].values():
     assert row["frechet"] < 0.05
     assert row["label_agreement"] > 0.98
@@ -74,33 +46,48 @@ def test_real_samples_are_at_no_distance_from_themselves(tiny_config, model_and_
   assert 0.95 < report["real"]["classifier_accuracy"] <= 1
 
 
-def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, model_and_params, mesh, tmp_path):
+def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, model_and_params, batching, tmp_path):
   for row in tiny_config.samplers.values():
     row.update(max_evaluations=1, threshold=0.0)
-  tiny_config.evaluation.samples = 300
-  report = evaluate.evaluate(tiny_config, *model_and_params, sources.digits(), mesh, str(tmp_path))
+  tiny_config.evaluation.samples = 100
+  report = evaluate.evaluate(tiny_config, *model_and_params, sources.digits(), batching, str(tmp_path))
   for row in report["rows"].values():
     assert row["frechet"] > 5 and row["label_agreement"] < 0.3
-    assert row["evaluations"]["mean"] == 1 and row["status"]["budget"] == 300
+    assert row["evaluations"]["mean"] == 1 and row["status"]["budget"] == 100
+
+
+def test_repeats_take_turns_and_integrators_have_rows(tiny_config, model_and_params, batching, tmp_path):
+  tiny_config.samplers.nag.update(rule="heun", momentum=0.0, max_evaluations=4)
+  tiny_config.evaluation.update(repeats=2, timed=("gd",), pictured="none")
+  report = evaluate.evaluate(tiny_config, *model_and_params, sources.digits(), batching, str(tmp_path))
+  assert report["rows"]["nag"]["evaluations"]["mean"] == 4
+  table = (tmp_path / "evaluation.md").read_text()
+  assert table.count("\n") == 5 and "| nag | heun |" in table
+  assert not (tmp_path / "descent.png").exists()
 
 
 @pytest.mark.parametrize(
   "change, text",
   [
     (lambda c: c.evaluation.update(pictured="heun"), "'heun' is not one of the samplers: adaptive, gd, nag"),
+    (lambda c: c.samplers.adaptive.update(rule="heun"), "'adaptive' integrates"),
     (lambda c: c.evaluation.update(samples=1), "samples = 1"),
+    (lambda c: c.evaluation.update(repeats=0), "repeats = 0"),
+    (lambda c: c.evaluation.update(timed=("fast",)), "'fast'"),
+    (lambda c: c.evaluation.update(weights="best"), "'best'"),
+    (lambda c: c.samplers.gd.update(step_size=-1.0), "samplers.gd: step_size = -1.0"),
   ],
 )
-def test_bad_options_are_refused(tiny_config, model_and_params, mesh, tmp_path, change, text):
+def test_bad_options_are_refused(tiny_config, model_and_params, batching, tmp_path, change, text):
   change(tiny_config)
   with pytest.raises(ValueError, match=text):
-    evaluate.evaluate(tiny_config, *model_and_params, sources.digits(), mesh, str(tmp_path))
+    evaluate.evaluate(tiny_config, *model_and_params, sources.digits(), batching, str(tmp_path))
 
 
-def test_a_timed_network_is_refused(tiny_config, model_and_params, mesh, tmp_path):
+def test_a_model_of_other_images_is_refused(tiny_config, model_and_params, batching, tmp_path):
   model, params = model_and_params
-  with pytest.raises(ValueError, match="told the time"):
-    evaluate.evaluate(tiny_config, model.clone(time_input=True), params, sources.digits(), mesh, str(tmp_path))
+  with pytest.raises(ValueError, match="cannot be compared"):
+    evaluate.evaluate(tiny_config, model.clone(num_classes=9), params, sources.digits(), batching, str(tmp_path))
 
 
 def test_the_classifier_knows_digits_and_not_shuffled_labels():
@@ -133,3 +120,9 @@ def test_an_animation_has_every_frame(tmp_path):
 def test_the_histogram_is_a_picture():
   histogram = pictures.evaluations_histogram(np.asarray([3, 10, 20]), 25, "title")
   assert histogram.size == (720, 360) and len(np.unique(np.asarray(histogram))) > 10
+
+
+def test_norm_curves_end_where_their_samples_stop():
+  norms = np.full((20, 2), 5.0)
+  short, long = (pictures.norm_curves(norms, np.asarray([n, n]), 1.0) for n in (3, 20))
+  assert short.size == (720, 360) and not np.array_equal(np.asarray(short), np.asarray(long))

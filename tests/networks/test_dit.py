@@ -111,6 +111,7 @@ def test_bfloat16_products_keep_float32_parameters_and_output():
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(dit.parameter_shapes(half)))
   full = model.apply({"params": params}, X, LABELS)
   assert 0 < np.abs(f - full).max() < 0.05 * np.abs(full).max()
+  assert not np.array_equal(f, f.astype(jnp.bfloat16).astype(jnp.float32)), "the answer was rounded to bfloat16"
 
 
 def test_unpatchify_undoes_patchify():
@@ -131,6 +132,7 @@ def test_attributes_rebuild_the_model():
     (dict(num_heads=3), "num_heads = 3 does not divide width = 16"),
     (dict(width=18, num_heads=2), "width = 18"),
     (dict(depth=0), "depth = 0"),
+    (dict(mlp_ratio=0.0), "mlp_ratio = 0.0"),
     (dict(remat="some"), "'some'.*none, dots"),
     (dict(attention="flash"), "'flash'"),
     (dict(dtype="float16"), "'float16'"),
@@ -148,6 +150,8 @@ def test_attributes_that_do_not_fit_are_refused(overrides, text):
     (X[:, :6, :6], LABELS, None, r"\(2, 6, 6, 3\)"),
     (X, LABELS[:1], None, r"\(1,\).*2 samples"),
     (X, LABELS.astype(jnp.float32), None, "float32"),
+    (X, LABELS + 1, None, r"2\.\.6: this model knows 0\.\.5"),
+    (X, LABELS - 2, None, r"-1\.\.3"),
     (X, LABELS, jnp.zeros(2), "time_input=False"),
   ],
 )

@@ -68,8 +68,7 @@ PROGRAM = """
 import json, sys
 import jax, numpy as np
 from conftest import load_config
-from eqm_jax.data import sources
-from eqm_jax.evaluation import evaluate
+from eqm_jax.evaluation import samplers
 from eqm_jax.training import pretrained, sharding, train
 
 workdir, mesh_sizes = sys.argv[1], json.loads(sys.argv[2])
@@ -80,16 +79,19 @@ config.optimizer.warmup_steps = 1
 config.mesh.update(mesh_sizes)
 assert train.train(config, workdir)
 trained = pretrained.load(workdir)
-mesh = sharding.make_mesh(**config.mesh)
 labels = np.arange(24, dtype=np.int32) % 10
-row = config.samplers.gd
-result, _ = evaluate.sample(row, trained.model, trained.params, labels, 0, 16, mesh, "gd")
-json.dump({"devices": jax.device_count(), "x": result.x.tolist()}, sys.stdout)
+batching = samplers.Batching(sharding.make_mesh(**config.mesh), 16, jax.random.key(0), 4.0)
+x = {}
+for name, changes in {"stream": {}, "lockstep": {"streaming": False}, "heun": {"rule": "heun"}}.items():
+  row = config.samplers.gd.copy_and_resolve_references()
+  row.update(changes)
+  x[name] = samplers.draw(name, row, trained.model, trained.params, labels, batching).result.x.tolist()
+json.dump({"devices": jax.device_count(), "x": x}, sys.stdout)
 """
 
 
-def run_on(devices: int, workdir, **mesh) -> tuple[np.ndarray, np.ndarray]:
-  """The losses of five steps and some samples."""
+def run_on(devices: int, workdir, **mesh) -> tuple[np.ndarray, dict[str, list]]:
+  """The losses of five steps, and samples in three ways."""
   environment = {
     "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -100,7 +102,7 @@ def run_on(devices: int, workdir, **mesh) -> tuple[np.ndarray, np.ndarray]:
   output = json.loads(finished.stdout)
   assert output["devices"] == devices
   losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return np.asarray(losses), np.asarray(output["x"])
+  return np.asarray(losses), output["x"]
 
 
 def test_one_device_and_eight_agree(tmp_path):
@@ -108,7 +110,9 @@ def test_one_device_and_eight_agree(tmp_path):
   assert len(losses) == 5
   other_losses, other_x = run_on(8, tmp_path / "eight", data=2, fsdp=4)
   np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
-  np.testing.assert_allclose(other_x, x, atol=1e-4)
+  for name in x:
+    np.testing.assert_allclose(other_x[name], x[name], atol=1e-4)
+  np.testing.assert_allclose(x["stream"], x["lockstep"], atol=1e-4)
 
 
 def test_local_launcher_refuses_what_is_no_number():

@@ -170,20 +170,42 @@ def test_latents_are_drawn_anew_from_their_posterior():
   assert not np.array_equal(first, second)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path):
-  tiny_config.optimizer.learning_rate = 1e18
-  tiny_config.optimizer.warmup_steps = 0
-  tiny_config.train.steps = 400
-  tiny_config.checkpoint.every = 1
-  with pytest.raises(
-    FloatingPointError, match=r"step \d+: .*(nan|inf).*newest checkpoint is that of step \d+"
-  ) as error:
+@pytest.mark.parametrize("changes", [{"optimizer.learning_rate": 1e18}, {"optimizer.eps": 0.0}])
+def test_what_is_not_finite_stops_with_the_step_and_never_gets_into_a_checkpoint(tiny_config, tmp_path, changes):
+  """A rate that is too high, and a division by zero that spoils the parameters while the loss is still finite."""
+  tiny_config.update_from_flattened_dict(
+    {"optimizer.warmup_steps": 0, "train.steps": 400, "checkpoint.every": 1, "objective.label_dropout": 0.0, **changes}
+  )
+  with pytest.raises(FloatingPointError, match=r"step \d+: .*(nan|inf).*stopped") as error:
     train.train(tiny_config, str(tmp_path))
-  failed, good = (int(word) for word in str(error.value).replace(":", " ").split() if word.isdigit())
-  state = final_state(tmp_path)
-  assert good == failed - 1 and state
-  with checkpoint.open_manager(str(tmp_path)) as manager:
-    assert manager.latest_step() == good
+  failed = int(str(error.value).split(":")[0].removeprefix("step "))
+  steps = checkpoint.steps(str(tmp_path))
+  assert steps == list(range(max(1, failed - 2), failed)), "every step before it was saved, the newest two are kept"
+  for content in final_state(tmp_path).values() if steps else ():
+    if len(content) % 4 == 0:
+      assert np.all(np.isfinite(np.frombuffer(content, np.float32)))
+
+
+def test_a_failed_start_leaves_the_workdir_free(tiny_config, tmp_path):
+  tiny_config.sharding.rules = (("kernel", ("model",)),)
+  with pytest.raises(ValueError, match="sharding rule"):
+    train.train(tiny_config, str(tmp_path))
+  tiny_config.sharding.rules = ()
+  tiny_config.train.steps = 3
+  assert train.train(tiny_config, str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["array", "metadata"])
+def test_a_damaged_checkpoint_is_told_in_one_line(tiny_config, tmp_path, damage):
+  tiny_config.train.steps = 4
+  assert train.train(tiny_config, str(tmp_path))
+  state = tmp_path / "checkpoints" / "4" / "state"
+  files = [path for path in (state / "d").iterdir()] if damage == "array" else [state / "_METADATA"]
+  for path in files:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  with pytest.raises(ValueError, match=r"checkpoints/4: damaged checkpoint .*Remove it") as error:
+    pretrained.load(tmp_path)
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +226,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_c
     ({"optimizer.ema_decay": 1.0}, "ema_decay = 1.0"),
     ({"train.steps": 0}, "train.steps = 0"),
     ({"checkpoint.every": 0}, "checkpoint.every = 0"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep = 0"),
+    ({"data.threads": 0}, "data.threads = 0"),
+    ({"train.batch_size": 0}, "train.batch_size = 0"),
     ({"mesh.fsdp": 2}, "fsdp=2, tensor=1 needs|there are 1"),
   ],
 )

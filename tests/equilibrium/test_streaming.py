@@ -1,0 +1,177 @@
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from eqm_jax.equilibrium.sampler import BUDGET, CONVERGED, DIVERGED, descend, start_noise
+from eqm_jax.equilibrium.streaming import descend_stream
+
+N = 120
+KEY = jax.random.key(3)
+# Steepness of each sample's bowl: from a few to hundreds of steps.
+LABELS = jnp.asarray(np.random.default_rng(0).integers(1, 60, N))
+
+
+def bowls(x, label_S):
+  return (0.5 + label_S[:, None] / 4).astype(x.dtype) * x
+
+
+OPTIONS = dict(step_size=0.02, max_evaluations=300, threshold=0.3)
+RULES = [
+  dict(rule="gd"), dict(rule="nag", momentum=0.3), dict(rule="nesterov", momentum=0.5), dict(rule="adam"),
+  dict(rule="lbfgs"), dict(rule="langevin", temperature=1e-3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["rule"])
+def test_results_are_those_of_descend_whatever_the_slots(rule):
+  with jax.enable_x64(True):
+    noise = start_noise(KEY, np.arange(N), (5,), jnp.float64)
+    expected = descend(lambda x: bowls(x, LABELS), noise, key=KEY, **OPTIONS, **rule)
+    assert len(set(expected.evaluations_B.tolist())) > 5
+    for slots in (1, 9):
+      result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=slots, dtype=jnp.float64, **OPTIONS, **rule)
+      np.testing.assert_allclose(result.x, expected.x, rtol=0, atol=1e-10)
+      np.testing.assert_allclose(result.norm_B, expected.norm_B, rtol=1e-6)
+      np.testing.assert_array_equal(result.evaluations_B, expected.evaluations_B)
+      np.testing.assert_array_equal(result.status_B, expected.status_B)
+
+
+def test_hardware_does_little_more_than_the_samples_need():
+  result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=N // 8, rule="gd", **OPTIONS)
+  needed = int(result.evaluations_B.sum())
+  assert needed <= int(result.hardware_evaluations) <= 1.10 * needed
+
+
+def test_it_does_less_than_half_of_what_lockstep_does():
+  slots = N // 8
+  result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=slots, rule="gd", **OPTIONS)
+  lockstep = sum(int(result.evaluations_B[i : i + slots].max()) * slots for i in range(0, N, slots))
+  assert lockstep > 2 * int(result.hardware_evaluations)
+
+
+def test_a_long_series_can_be_drawn_part_by_part():
+  whole = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=8, rule="gd", **OPTIONS)
+  part = descend_stream(bowls, LABELS[50:90], KEY, shape=(5,), slots=8, rule="gd", first_index=50, **OPTIONS)
+  np.testing.assert_allclose(part.x, whole.x[50:90], atol=1e-6)
+  np.testing.assert_array_equal(part.evaluations_B, whole.evaluations_B[50:90])
+
+
+def test_labels_may_be_any_tree():
+  labels = {"steepness": LABELS, "center": jnp.linspace(-1, 1, N)}
+
+  def field_fn(x, label):
+    return bowls(x - label["center"][:, None], label["steepness"])
+
+  result = descend_stream(field_fn, labels, KEY, shape=(3,), slots=9, rule="gd", **{**OPTIONS, "threshold": 0.01})
+  done = result.status_B == CONVERGED
+  assert done.mean() > 0.5
+  np.testing.assert_allclose(result.x[done], np.broadcast_to(labels["center"][:, None], (N, 3))[done], atol=0.05)
+
+
+def test_one_diverging_sample_harms_no_other():
+  def field_fn(x, label_S):
+    return jnp.where((label_S == 0)[:, None], jnp.nan, bowls(x, label_S))
+
+  labels = LABELS.at[jnp.asarray([3, 77])].set(0)
+  result = descend_stream(field_fn, labels, KEY, shape=(5,), slots=6, rule="gd", **OPTIONS)
+  expected = descend_stream(bowls, labels, KEY, shape=(5,), slots=6, rule="gd", **OPTIONS)
+  bad = np.asarray(labels == 0)
+  assert set(result.status_B[bad].tolist()) == {DIVERGED} and DIVERGED not in result.status_B[~bad].tolist()
+  np.testing.assert_allclose(result.x[~bad], expected.x[~bad], atol=1e-6)
+  assert np.all(np.isfinite(result.x)) and np.all(result.evaluations_B[bad] == 1)
+
+
+def test_restarts_are_counted_and_come_from_other_noise():
+  def field_fn(x, label_S):  # not defined where the first number is high
+    return jnp.where(x[:, :1] > 1.0, jnp.nan, bowls(x, label_S))
+
+  plain = descend_stream(field_fn, LABELS, KEY, shape=(5,), slots=6, rule="gd", **OPTIONS)
+  again = descend_stream(field_fn, LABELS, KEY, shape=(5,), slots=6, rule="gd", max_restarts=20, **OPTIONS)
+  lost = np.asarray(plain.status_B == DIVERGED)
+  assert 0.05 < lost.mean() < 0.4 and DIVERGED not in again.status_B.tolist()
+  assert np.all(again.restarts_B[lost] >= 1) and np.all(again.restarts_B[~lost] == 0)
+  np.testing.assert_allclose(again.x[~lost], plain.x[~lost], atol=1e-6)
+  noise = start_noise(KEY, np.arange(N), (5,))
+  alone = descend(lambda x: field_fn(x, LABELS), noise, rule="gd", key=KEY, max_restarts=20, **OPTIONS)
+  np.testing.assert_array_equal(alone.restarts_B, again.restarts_B)
+  np.testing.assert_allclose(alone.x, again.x, atol=1e-6)
+
+
+def test_a_threshold_that_is_never_met_spends_the_budget():
+  options = dict(OPTIONS, threshold=1e-9, max_evaluations=12)
+  result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=6, rule="gd", **options)
+  assert set(result.status_B.tolist()) == {BUDGET} and set(result.evaluations_B.tolist()) == {12}
+
+
+@pytest.mark.parametrize(
+  "arguments, text",
+  [
+    (dict(slots=N + 1), f"slots = {N + 1} .*{N}"),
+    (dict(slots=0), "slots = 0"),
+    (dict(labels_N=LABELS[:0]), "at least one label"),
+    (dict(labels_N={"a": LABELS, "b": LABELS[:3]}), r"\[3, 120\]"),
+    (dict(max_restarts=-1), "max_restarts = -1"),
+    (dict(step_size=0.0), "step_size = 0.0"),
+  ],
+)
+def test_bad_input_is_refused(arguments, text):
+  with pytest.raises(ValueError, match=text):
+    options = {"labels_N": LABELS, "slots": 6, "rule": "gd", **OPTIONS, **arguments}
+    descend_stream(bowls, options.pop("labels_N"), KEY, shape=(5,), **options)
+
+
+# On 8 pretended devices, against what one device gives.
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from test_streaming import KEY, LABELS, OPTIONS, bowls
+from eqm_jax.equilibrium.streaming import descend_stream
+from eqm_jax.training import sharding
+
+mesh = sharding.make_mesh(4, 2, 1)
+field = jax.tree_util.Partial(lambda weight, x, label: weight * bowls(x, label), jnp.ones(()))
+with jax.enable_x64(True):
+  out = {}
+  for slots in (8, 16):
+    r = descend_stream(field, LABELS[:117], KEY, shape=(5,), slots=slots, rule="langevin", temperature=1e-3,
+                       mesh=mesh, dtype=jnp.float64, **OPTIONS)
+    out[slots] = [r.x.tolist(), r.evaluations_B.tolist(), int(r.hardware_evaluations)]
+out["devices"] = jax.device_count()
+options = dict(shape=(5,), slots=8, mesh=mesh, rule="gd", **OPTIONS)
+loops = str(jax.make_jaxpr(lambda labels: descend_stream(field, labels, KEY, **options))(LABELS))
+assert "shard_map" in loops and "while" in loops
+out["collectives"] = sum(loops.count(word) for word in ("psum", "all_gather", "ppermute", "all_to_all"))
+try:
+  descend_stream(field, LABELS, KEY, shape=(5,), slots=12, mesh=mesh, rule="gd", **OPTIONS)
+except ValueError as error:
+  out["error"] = str(error)
+json.dump(out, sys.stdout)
+"""
+
+
+def test_every_device_runs_a_queue_of_its_own_and_the_samples_are_the_same():
+  environment = {
+    "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'equilibrium'}", "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  }  # fmt: skip
+  command = [sys.executable, "-c", PROGRAM]
+  finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+  assert finished.returncode == 0, finished.stderr
+  output = json.loads(finished.stdout)
+  assert output["devices"] == 8 and output["collectives"] == 0
+  assert "slots = 12 do not divide over 8 devices" in output["error"]
+  with jax.enable_x64(True):
+    one = descend_stream(
+      bowls, LABELS[:117], KEY, shape=(5,), slots=10, rule="langevin", temperature=1e-3, dtype=jnp.float64, **OPTIONS
+    )
+  for slots in ("8", "16"):
+    x, evaluations, hardware = output[slots]
+    np.testing.assert_allclose(x, one.x, rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(evaluations, one.evaluations_B)
+    assert hardware < 1.6 * sum(evaluations)
