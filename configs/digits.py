@@ -145,8 +145,8 @@ def _row(**changes) -> ml_collections.ConfigDict:
     max_restarts=0,  # how often a sample that diverges begins again
     tolerance=0.0,  # of an integrator with step control, relative and absolute; 0: equal steps
     guidance=1.0,  # classifier-free guidance scale; 1: none
-    guidance_channels=None,  # channels that are guided: None for all, or a number of them
-    guidance_interval=None,  # (low, high): guide only while ‖f‖ lies between; None: always
+    guidance_channels=0,  # how many channels are guided, from the first; 0: all
+    guidance_interval=(),  # (low, high): guide only while ‖f‖ lies between; (): always
     streaming=True,  # a sample that is done makes room for the next; False: in lockstep
   )
   row.update(changes)

@@ -134,8 +134,8 @@ def _row(**changes) -> ml_collections.ConfigDict:
     max_restarts=0,  # how often a sample that diverges begins again
     tolerance=0.0,  # of an integrator with step control, relative and absolute; 0: equal steps
     guidance=1.0,  # classifier-free guidance scale; 1: none
-    guidance_channels=3,  # channels that are guided: None for all; the first 3 as in the reference
-    guidance_interval=None,  # (low, high): guide only while ‖f‖ lies between; None: always
+    guidance_channels=3,  # how many channels are guided, from the first: 3 as in the reference; 0: all
+    guidance_interval=(),  # (low, high): guide only while ‖f‖ lies between; (): always
     streaming=True,  # a sample that is done makes room for the next; False: in lockstep
   )
   row.update(changes)

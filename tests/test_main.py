@@ -63,6 +63,8 @@ def test_evaluating_again_with_another_sampler_needs_no_training(trained):
 
 def test_samples_go_to_files(trained):
   asked = ["--config.sample.count=5", "--config.sample.labels=3,7-8", "--config.sample.images=True"]
+  row = "--config.samplers.adaptive."
+  asked += [row + "guidance=1.5", row + "guidance_channels=1", row + "guidance_interval=(1.0,100.0)", row + "rule=nag"]
   finished = run(*TINY, f"--workdir={trained}", "--mode=sample", *asked)
   assert finished.returncode == 0, finished.stderr
   assert "images/s" in finished.stderr and "evaluations an image" in finished.stderr

@@ -6,6 +6,7 @@ weights, and no weight is baked into the program. A model is anything with
 `apply({"params": params}, x, label)`, `num_classes` and `input_shape`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,8 +169,11 @@ def guided(
 
 
 def as_pytree(field_fn: Callable) -> Callable:
-  """Wraps a plain closure so that it can pass into jit; a pytree stays as it is."""
-  return jax.tree_util.Partial(field_fn) if jax.tree_util.all_leaves([field_fn]) else field_fn
+  """Wraps a plain function so that it can pass into jit; a pytree stays as it is."""
+  if not jax.tree_util.all_leaves([field_fn]):
+    return field_fn
+  # jax would take the arguments of a functools.partial for leaves, and they need not be arrays.
+  return jax.tree_util.Partial(field_fn.__call__ if isinstance(field_fn, functools.partial) else field_fn)
 
 
 def _guide(

@@ -170,8 +170,8 @@ def guidance_of(row: ml_collections.ConfigDict) -> dict[str, Any]:
   """The row's arguments of a field."""
   return {
     "guidance": row.guidance,
-    "guidance_channels": row.guidance_channels,
-    "guidance_interval": row.guidance_interval,
+    "guidance_channels": row.guidance_channels or None,
+    "guidance_interval": row.guidance_interval or None,
   }
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +183,16 @@ def test_weights_budget_and_threshold_are_arguments_not_constants():
   first, second = (descend(f, X0, step_size=0.02, rule="gd", max_evaluations=3).x for f in (field, other))
   assert sampler._descend._cache_size() == before + 1
   assert not np.allclose(first, second)
+
+
+def test_a_partial_with_arguments_of_any_kind_is_a_field():
+  field_fn = functools.partial(lambda kind, x: {"bowl": bowl}[kind](x), "bowl")
+  expected = descend(bowl, X0, step_size=0.02, rule="gd", max_evaluations=3)
+  before = sampler._descend._cache_size()
+  for _ in range(2):
+    result = descend(field_fn, X0, step_size=0.02, rule="gd", max_evaluations=3)
+    np.testing.assert_array_equal(result.x, expected.x)
+  assert sampler._descend._cache_size() == before + 1
 
 
 def test_state_is_float32_even_from_bfloat16():
