@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eqm_jax.equilibrium.objective import per_sample
+
 
 @flax.struct.dataclass
 class ConditionalField:
@@ -185,19 +187,15 @@ def _guide(
 ) -> jax.Array:
   """f_null + Σ s_k·(f_k − f_null) where guidance acts, the mean of the f_k elsewhere."""
   scale_KxB = scale_BxK.T.astype(f_null.dtype)
-  guided = f_null + sum(_per_sample(s_B, f_null) * (f - f_null) for s_B, f in zip(scale_KxB, f_conditional))
+  guided = f_null + sum(per_sample(s_B, f_null) * (f - f_null) for s_B, f in zip(scale_KxB, f_conditional))
   unguided = sum(f_conditional) / len(f_conditional)
   acts = jnp.ones((), bool)
   if channels is not None:
     acts = acts & np.isin(np.arange(f_null.shape[-1]), channels)
   if interval is not None:
     norm_B = jnp.sqrt(jnp.sum(unguided**2, axis=range(1, unguided.ndim)))
-    acts = acts & _per_sample((interval[0] <= norm_B) & (norm_B <= interval[1]), f_null)
+    acts = acts & per_sample((interval[0] <= norm_B) & (norm_B <= interval[1]), f_null)
   return jnp.where(acts, guided, unguided)
-
-
-def _per_sample(value_B: jax.Array, like: jax.Array) -> jax.Array:
-  return value_B.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def checked_labels(label_B: jax.Array, num_classes: int) -> jax.Array:

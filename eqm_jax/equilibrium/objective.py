@@ -88,13 +88,13 @@ def corrupt(data: jax.Array, noise: jax.Array, gamma: jax.Array) -> jax.Array:
     data, noise: arrays of one shape [B, ...].
     gamma: [B], or any shape that broadcasts from the left.
   """
-  gamma = _per_sample(gamma, data)
+  gamma = per_sample(gamma, data)
   return gamma * data + (1 - gamma) * noise
 
 
 def target_gradient(data: jax.Array, noise: jax.Array, gamma: jax.Array, schedule: Schedule) -> jax.Array:
   """(ε − x)·c(γ): the gradient that f is trained to equal at x_γ."""
-  return (noise - data) * _per_sample(magnitude(gamma, schedule), data)
+  return (noise - data) * per_sample(magnitude(gamma, schedule), data)
 
 
 def equilibrium_loss(
@@ -161,7 +161,7 @@ def dispersive_loss(tokens: jax.Array) -> jax.Array:
   return jax.scipy.special.logsumexp(-square_BxB) - 2 * jnp.log(B)
 
 
-def _per_sample(value: jax.Array, like: jax.Array) -> jax.Array:
+def per_sample(value: jax.Array, like: jax.Array) -> jax.Array:
   """Appends axes to `value` until it broadcasts against `like` from the left."""
   value = jnp.asarray(value)
   return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))

@@ -17,6 +17,7 @@ import optax
 
 from eqm_jax.equilibrium import rules
 from eqm_jax.equilibrium.field import as_pytree
+from eqm_jax.equilibrium.objective import per_sample
 
 RUNNING = -1
 CONVERGED = 0  # ‖f‖ came down to the threshold
@@ -143,43 +144,40 @@ def descend(
       f"record_at = {record_at} must ascend from 0 or more to at most max_evaluations = {max_evaluations}"
     )
   index_B = jnp.arange(B) if index_B is None else index_B
-  return _descend(as_pytree(field_fn), x0, index_B, threshold_B, policy, record_at, record_fn or _both)
-
-
-@functools.partial(jax.jit, static_argnames=("record_at", "record_fn"))
-def _descend(field_fn, x0, index_B, threshold_B, policy, record_at, record_fn) -> Result:
-  state = start(x0, index_B, threshold_B, policy.rule)
   at_R = jnp.asarray(record_at, jnp.int32)
+  return _descend(as_pytree(field_fn), x0, index_B, threshold_B, policy, at_R, record_fn or _both)
+
+
+@functools.partial(jax.jit, static_argnames="record_fn")
+def _descend(field_fn, x0, index_B, threshold_B, policy, at_R, record_fn) -> Result:
+  state = start(x0, index_B, threshold_B, policy.rule)
+  R = len(at_R)
 
   def recorded(record, state, steps):
     """Writes the rows that belong to this number of steps: at most one, usually none."""
-    row = jnp.where(at_R == steps, jnp.arange(len(record_at)), len(record_at)).min()
+    row = jnp.where(at_R == steps, jnp.arange(R), R).min()
     now = record_fn(state.x, state.norm_B)
     return jax.tree.map(lambda rows, value: rows.at[row].set(value, mode="drop"), record, now)
 
   record = None
-  if record_at:
+  if R:
     shapes = jax.eval_shape(record_fn, state.x, state.norm_B)
-    record = jax.tree.map(lambda leaf: jnp.zeros((len(record_at), *leaf.shape), leaf.dtype), shapes)
+    record = jax.tree.map(lambda leaf: jnp.zeros((R, *leaf.shape), leaf.dtype), shapes)
     record = recorded(record, state, 0)
 
   def body(carry):
     state, record, steps = carry
     state = advance(state, field_fn(look(state, policy)), policy)
-    if record_at:
+    if R:
       due = jnp.any(at_R == steps + 1)
       record = jax.lax.cond(due, recorded, lambda record, *_: record, record, state, steps + 1)
     return state, record, steps + 1
 
   state, record, steps = jax.lax.while_loop(lambda carry: jnp.any(is_running(carry[0])), body, (state, record, 0))
-  if record_at:  # whatever lies beyond the end is the end
+  if R:  # whatever lies beyond the end is the end
     final = record_fn(state.x, state.norm_B)
     late_R = at_R > steps
-
-    def fill(rows, value):
-      return jnp.where(late_R.reshape(-1, *(1,) * value.ndim), value, rows)
-
-    record = jax.tree.map(fill, record, final)
+    record = jax.tree.map(lambda rows, value: jnp.where(per_sample(late_R, rows), value, rows), record, final)
   return Result(state.x, state.evaluations_B, state.norm_B, state.status_B, state.restarts_B, record)
 
 
@@ -259,7 +257,7 @@ def start_noise(key: jax.Array, index_B: jax.Array, shape: tuple[int, ...], dtyp
 
 def where(mask_B: jax.Array, new: Any, old: Any) -> Any:
   """Takes whole samples from one of two trees of [B, ...] arrays."""
-  return jax.tree.map(lambda n, o: jnp.where(mask_B.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)
+  return jax.tree.map(lambda n, o: jnp.where(per_sample(mask_B, n), n, o), new, old)
 
 
 def make_policy(

@@ -83,7 +83,8 @@ def draw(
   field.checked_labels(label_N, model.num_classes)
   params = jax.device_put(params, NamedSharding(batching.mesh, PartitionSpec()))
   field_fn = field.conditional_field(model, params, **guidance_of(row))
-  if is_descent(row) and row.streaming:
+  streams = is_descent(row) and row.streaming
+  if streams:
     part, size = _stream_part, batching.batch_size * STREAM_LENGTH
   else:
     part, size = _descend_part if is_descent(row) else _integrate_part, batching.batch_size
@@ -94,8 +95,9 @@ def draw(
     changed.update(changes)
     return jax.device_get(part(changed, model, field_fn, label_N[index_B], index_B, batching))
 
-  for length in {len(index_B): index_B for index_B in parts}.values():
-    run(length, **_shortest(row))  # compiles
+  # Streams compile for each length; other parts are filled up to one.
+  for index_B in {len(index_B) if streams else size: index_B for index_B in parts}.values():
+    run(index_B, **_shortest(row))
   begin, done, evaluations, results = time.monotonic(), 0, 0, []
   with tqdm.tqdm(total=len(label_N), desc=name, unit="image", disable=None) as bar:
     for index_B in parts:

@@ -216,8 +216,12 @@ def position_table(side: int, width: int) -> np.ndarray:
 
 def attributes(model: DiT) -> dict[str, Any]:
   """What the model was built with, as plain values: `DiT(**attributes(model)) == model`."""
-  fields = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
-  return {name: getattr(model, name) for name in fields}
+  return {field.name: getattr(model, field.name) for field in attribute_fields()}
+
+
+def attribute_fields() -> list[dataclasses.Field]:
+  """The attributes that a model is built with, without those that linen adds."""
+  return [field for field in dataclasses.fields(DiT) if field.name not in ("parent", "name")]
 
 
 def parameter_shapes(model: DiT) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def save_pretrained(path: str | os.PathLike, model: dit.DiT, params: Any):
 
 
 def _check_names(attributes: dict[str, Any], where: str):
-  known = [field.name for field in _fields()]
+  known = [field.name for field in dit.attribute_fields()]
   for name in attributes:
     if name not in known:
       near = difflib.get_close_matches(name, known, 1)
@@ -89,8 +89,4 @@ def _check_names(attributes: dict[str, Any], where: str):
 
 
 def _required() -> list[str]:
-  return [field.name for field in _fields() if field.default is dataclasses.MISSING]
-
-
-def _fields() -> list[dataclasses.Field]:
-  return [field for field in dataclasses.fields(dit.DiT) if field.name not in ("parent", "name")]
+  return [field.name for field in dit.attribute_fields() if field.default is dataclasses.MISSING]
