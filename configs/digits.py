@@ -10,22 +10,29 @@ Expected:  Fréchet distance in pixel space 0.30 (adaptive) and 0.50 (fixed), 0.
 import ml_collections
 from ml_collections import config_dict
 
+ENERGIES = ("dot", "l2", "scalar")
+VARIANTS = ("", "smoke", "samplers", "flow_matching", "flow_matching_untimed", *ENERGIES)
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """Variants: "" is the run above.
 
-  "smoke" is a short run of the same code, for tests. "samplers" compares samplers on
-  the run above: --config=configs/digits.py:samplers --workdir=runs/digits --mode=evaluate
+  "smoke": a short run of the same code, for tests.
+  "samplers": compares samplers on the run above: --workdir=runs/digits --mode=evaluate
+  "flow_matching", "flow_matching_untimed": the baselines, with the same network, data,
+    steps and seeds, told the time or not.
+  "dot", "scalar", "l2": explicit energies; "l2" starts from the run above.
   """
-  if variant not in ("", "smoke", "samplers"):
-    raise ValueError(f"configs/digits.py has no variant {variant!r}: choose 'smoke', 'samplers' or none")
+  if variant not in VARIANTS:
+    raise ValueError(f"configs/digits.py has no variant {variant!r}: choose one of {', '.join(VARIANTS[1:])} or none")
   smoke = variant == "smoke"
+  flow_matching = variant.startswith("flow_matching")
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
   config.data = config_dict.create(
     source="digits",  # "digits" or "latents"
-    options=config_dict.create(),  # arguments of the source
+    options=config_dict.create(part="all"),  # "all", "train" (5 of 6 images) or "test" (the sixth)
     flip=False,  # mirror half of the images: a mirrored digit is no digit
     threads=2,  # that read ahead
   )
@@ -38,15 +45,17 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     num_heads=4,
     num_classes=10,  # label 10 is "no class"
     mlp_ratio=4.0,
-    time_input=False,  # True: a flow-matching network, told γ
+    time_input=variant == "flow_matching",  # True: a flow-matching network, told γ
     learn_sigma=False,  # True: carry the unused second output half of the released code
     dtype="float32",  # of the matrix products: "float32" or "bfloat16"
     unroll=3,  # blocks per scan iteration; all of them is fastest on a CPU
     remat="none",  # "none", "dots", "dots_no_batch" or "full": what the backward pass computes again
     attention="xla",  # "xla" or "cudnn"
+    # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is.
+    energy=variant if variant in ENERGIES else "none",
   )
   config.objective = config_dict.create(
-    kind="equilibrium",  # or "flow_matching"
+    kind="flow_matching" if flow_matching else "equilibrium",
     schedule=config_dict.create(  # c(γ)
       kind="truncated",  # "constant", "linear", "truncated" or "piecewise"
       a=0.8,  # γ from which c falls to zero
@@ -55,6 +64,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     ),
     label_dropout=0.1,  # share of samples that are trained without their class
     dispersive_weight=0.0,  # 0 or the reference's 0.5
+    clean_share=0.0,  # share of samples at γ = 1 exactly; helps in few dimensions
+    second_order="reverse_over_reverse",  # or "forward_over_reverse": the loss's derivative, for an energy
   )
   config.optimizer = config_dict.create(  # AdamW
     learning_rate=1e-3,
@@ -71,6 +82,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     steps=60 if smoke else 4000,
     batch_size=32 if smoke else 128,
     log_every=20 if smoke else 100,  # steps
+    # A model whose weights to start from, anything that eqm_jax.load reads; "": random ones.
+    init_from="runs/digits" if variant == "l2" else "",
   )
   config.checkpoint = config_dict.create(
     every=30 if smoke else 1000,  # steps
@@ -86,14 +99,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     label_agreement=True,  # fit a classifier to the real images and ask it about the samples
-    pictured="none" if variant == "samplers" else "adaptive",  # the sampler whose descent is drawn, or "none"
+    pictured="none"
+    if flow_matching or variant == "samplers"
+    else "adaptive",  # the sampler whose descent is drawn, or "none"
     timed=("fixed", "lockstep", "streaming")
     if variant == "samplers"
     else (),  # samplers whose speed is compared: drawn again in turn, the median time is reported
     repeats=3,  # how often
   )
   config.sample = config_dict.create(  # of --mode=sample
-    sampler="adaptive",  # one of the samplers
+    sampler="euler" if flow_matching else "adaptive",  # one of the samplers
     count=100,  # samples
     labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
     batch_size=20 if smoke else 100,  # samples in flight
@@ -101,6 +116,38 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     weights="ema",  # "ema" or "model"
     images=False,  # also one PNG a sample
     npz=True,  # also the arrays
+  )
+  config.tasks = config_dict.create(  # of --mode=denoise, ood, compose and inpaint
+    images="",  # a folder of images, an .npz, or "": those of data.source
+    count=20 if smoke else 100,  # images
+    sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
+    labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
+    batch_size=20 if smoke else 100,  # samples in flight
+    seed=0,
+    weights="ema",  # "ema" or "model"
+    denoise=config_dict.create(
+      gammas=(
+        0.0,
+        0.2,
+        0.4,
+        0.6,
+        0.8,
+      ),  # how noisy the images are made; (): they are noisy already, nobody knows how much
+    ),
+    ood=config_dict.create(
+      scores=("norm",),  # "norm", ‖f‖; "energy", of a model with one; "mahalanobis", a Gaussian fitted to data.source
+      # What the images are told from: made of noise, or of the images themselves; pixels only: "photographs".
+      against=("uniform", "gaussian", "constant", "shuffled", "rotated", "inverted", "photographs"),
+    ),
+    compose=config_dict.create(  # one term for each place of the three
+      labels=(3, 8),
+      weights=(0.5, 0.5),  # what they lack of 1 goes to the model without a class
+      checkpoints=("", ""),  # anything that eqm_jax.load reads; "" is the model itself
+    ),
+    inpaint=config_dict.create(
+      mask="right",  # painted anew: "left", "right", "top", "bottom", "centre", "all", or a .npy [H, W] of 0 and 1
+      gamma=0.0,  # where it starts: 0 keeps nothing of what is under the mask
+    ),
   )
   return config
 
@@ -125,6 +172,8 @@ def _samplers(variant: str) -> ml_collections.ConfigDict:
       rows[f"heun_{evaluations:03d}"] = _row(rule="heun", max_evaluations=evaluations)
     for percent in (40, 70, 150, 200, 250):
       rows[f"gd_eta_{percent:03d}"] = _row(step_size=0.003 * percent / 100)
+  elif variant.startswith("flow_matching"):
+    rows = dict(euler=_row(rule="euler"), heun=_row(rule="heun"))
   else:
     rows = dict(gd=_row(), nag=_row(rule="nag", momentum=0.3), adaptive=_row(threshold=4.0))
   return ml_collections.ConfigDict(rows)

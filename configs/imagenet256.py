@@ -55,6 +55,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     unroll=1,  # blocks per scan iteration
     remat="dots_no_batch" if largest else "none",  # "none", "dots", "dots_no_batch" or "full"
     attention="xla",  # "xla" or "cudnn"
+    energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
   )
   config.objective = config_dict.create(
     kind="equilibrium",  # or "flow_matching"
@@ -66,6 +67,8 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     ),
     label_dropout=0.1,  # share of samples that are trained without their class
     dispersive_weight=0.0,  # 0 or the reference's 0.5
+    clean_share=0.0,  # share of samples at γ = 1 exactly; helps in few dimensions
+    second_order="reverse_over_reverse",  # or "forward_over_reverse": the loss's derivative, for an energy
   )
   config.optimizer = config_dict.create(  # AdamW
     learning_rate=1e-4,
@@ -82,6 +85,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     steps=7_000_000 if largest else 400_000,
     batch_size=256,
     log_every=100,  # steps
+    init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
   )
   config.checkpoint = config_dict.create(
     every=10_000,  # steps
@@ -115,6 +119,38 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     weights="ema",  # "ema" or "model"
     images=False,  # also one PNG a sample
     npz=True,  # also the arrays
+  )
+  config.tasks = config_dict.create(  # of --mode=denoise, ood, compose and inpaint
+    images="",  # a folder of images, an .npz, or "": those of data.source
+    count=64,  # images
+    sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
+    labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
+    batch_size=64,  # samples in flight
+    seed=0,
+    weights="ema",  # "ema" or "model"
+    denoise=config_dict.create(
+      gammas=(
+        0.0,
+        0.2,
+        0.4,
+        0.6,
+        0.8,
+      ),  # how noisy the images are made; (): they are noisy already, nobody knows how much
+    ),
+    ood=config_dict.create(
+      scores=("norm",),  # "norm", ‖f‖; "energy", of a model with one; "mahalanobis", a Gaussian fitted to data.source
+      # What the images are told from: made of noise, or of the images themselves; pixels only: "photographs".
+      against=("uniform", "gaussian", "constant", "shuffled", "rotated", "inverted"),
+    ),
+    compose=config_dict.create(  # one term for each place of the three
+      labels=(207, 360),
+      weights=(0.5, 0.5),  # what they lack of 1 goes to the model without a class
+      checkpoints=("", ""),  # anything that eqm_jax.load reads; "" is the model itself
+    ),
+    inpaint=config_dict.create(
+      mask="right",  # painted anew: "left", "right", "top", "bottom", "centre", "all", or a .npy [H, W] of 0 and 1
+      gamma=0.0,  # where it starts: 0 keeps nothing of what is under the mask
+    ),
   )
   return config
 

@@ -68,11 +68,18 @@ class Latents:
     return {"mean": mean, "logvar": logvar.astype(np.float32), "label": self.labels[index]}
 
 
-def digits() -> Images:
-  """scikit-learn's 1,797 handwritten digits: 8×8, one channel, 17 grey levels, 10 classes."""
+def digits(part: str = "all") -> Images:
+  """scikit-learn's 1,797 handwritten digits: 8×8, one channel, 17 grey levels, 10 classes.
+
+  "test" is every sixth image, "train" the others.
+  """
+  if part not in ("all", "train", "test"):
+    raise ValueError(f"data.options.part = {part!r} is neither 'all', 'train' nor 'test'")
   data = sklearn.datasets.load_digits()
   images = (data.images / 8 - 1).astype(np.float32)[..., None]
-  return Images(images, data.target, num_classes=10)
+  sixth = np.arange(len(images)) % 6 == 5
+  chosen = {"all": sixth | True, "train": ~sixth, "test": sixth}[part]
+  return Images(images[chosen], data.target[chosen], num_classes=10)
 
 
 def open_source(name: str, options: dict[str, Any]) -> Source:

@@ -3,7 +3,8 @@
 A field is a pytree whose leaves are parameters, labels and guidance scales, so a
 jitted sampler takes it as an argument: one compilation serves every set of
 weights, and no weight is baked into the program. A model is anything with
-`apply({"params": params}, x, label)`, `num_classes` and `input_shape`.
+`apply({"params": params}, x, label)`, `num_classes` and `input_shape`; one with an
+attribute `energy` other than "none" gives an energy, whose gradient is the field.
 """
 
 import functools
@@ -15,18 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eqm_jax.equilibrium import energy
 from eqm_jax.equilibrium.objective import per_sample
 
 
 @flax.struct.dataclass
 class ConditionalField:
-  """f(x | label) of a network, guided or not. Made by `conditional_field`."""
+  """f(x | label) of a network or of its energy, guided or not. Made by `conditional_field`."""
 
   params: Any
   scale: jax.Array | None  # None: no guidance, and no null half in the batch
   interval: jax.Array | None  # [2]: guide only while ‖f‖ lies between
   model: Any = flax.struct.field(pytree_node=False)
   channels: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+  form: str | None = flax.struct.field(pytree_node=False, default=None)  # of an energy; None: the network is the field
 
   def __call__(self, x_BxHxWxC: jax.Array, label_B: jax.Array, gamma_B: jax.Array | None = None) -> jax.Array:
     """f(x | label); labels [B], or [B, K] for K conditions at once.
@@ -35,22 +38,28 @@ class ConditionalField:
     """
     gamma = () if gamma_B is None else (gamma_B,)
     if self.scale is None:
-      return self.model.apply({"params": self.params}, x_BxHxWxC, label_B, *gamma)
+      return self._unguided(x_BxHxWxC, label_B, *gamma)
     label_BxK = label_B.reshape(len(label_B), -1)
     K = label_BxK.shape[1]
     # One batch of K conditional parts and the null part: one pass uses the matrix units better than several.
     labels = [*label_BxK.T, jnp.full(len(label_B), self.model.num_classes, label_B.dtype)]
     repeated = [jnp.concatenate([part] * (K + 1)) for part in (x_BxHxWxC, *gamma)]
-    f = self.model.apply({"params": self.params}, repeated[0], jnp.concatenate(labels), *repeated[1:])
+    f = self._unguided(repeated[0], jnp.concatenate(labels), *repeated[1:])
     *f_conditional, f_null = jnp.split(f, K + 1)
     scale_BxK = jnp.broadcast_to(self.scale if K > 1 or not self.scale.ndim else self.scale[:, None], label_BxK.shape)
     return _guide(f_conditional, f_null, scale_BxK, self.channels, self.interval)
+
+  def _unguided(self, x_BxHxWxC, label_B, *gamma):
+    if self.form is None:
+      return self.model.apply({"params": self.params}, x_BxHxWxC, label_B, *gamma)
+    return energy.gradient(self.model, self.form, self.params, x_BxHxWxC, label_B)
 
 
 def conditional_field(
   model: Any,
   params: Any,
   *,
+  form: str | None = None,
   guidance: float | jax.Array = 1.0,
   guidance_channels: int | Sequence[int] | None = None,
   guidance_interval: tuple[float, float] | None = None,
@@ -67,6 +76,8 @@ def conditional_field(
   Args:
     model: the network, such as `eqm_jax.networks.dit.DiT`.
     params: its parameters.
+    form: follow the gradient of this energy, "dot", "l2" or "scalar"; None is what the
+      model was built for, the network itself if not for an energy.
     guidance: the scale s: one number; one per sample [B]; for K conditions [K] or
       [B, K], negative ones lead away from theirs.
     guidance_channels: None guides all channels; n the first n of them (3 is what
@@ -76,7 +87,8 @@ def conditional_field(
       (Kynkäänniemi et al. 2024). ‖f‖ is large far from the data and falls near it.
 
   Raises:
-    ValueError: if a channel does not exist, or the interval is empty.
+    ValueError: if a channel does not exist, the interval is empty, or the model has
+      no such energy.
   """
   channels = _checked_channels(guidance_channels, model.input_shape[-1])
   plain = not isinstance(guidance, jax.Array | np.ndarray) and guidance == 1.0
@@ -88,12 +100,18 @@ def conditional_field(
     interval=None if plain or guidance_interval is None else jnp.asarray(guidance_interval, jnp.float32),
     model=model,
     channels=channels,
+    form=energy.checked_form(model, form) if form or is_energy(model) else None,
   )
 
 
+def is_energy(model: Any) -> bool:
+  """Whether the model was built as an energy, so that its own answer is not the field."""
+  return getattr(model, "energy", "none") != "none"
+
+
 @flax.struct.dataclass
-class ImplicitField:
-  """A conditional field with its labels bound. Made by `implicit_field`."""
+class BoundField:
+  """A conditional field with its labels bound. Made by `implicit_field` and `energy_field`."""
 
   conditional: ConditionalField
   label_B: jax.Array
@@ -110,7 +128,7 @@ def implicit_field(
   guidance: float | jax.Array = 1.0,
   guidance_channels: int | Sequence[int] | None = None,
   guidance_interval: tuple[float, float] | None = None,
-) -> ImplicitField:
+) -> BoundField:
   """The network itself as a field: f(x) = model(x, label), optionally guided.
 
   Args:
@@ -120,18 +138,65 @@ def implicit_field(
   The other arguments are those of `conditional_field`.
 
   Raises:
-    ValueError: if a label or channel does not exist, or the scale has another shape.
+    ValueError: if a label or channel does not exist, the scale has another shape, or
+      the model is an energy, whose own answer is not the field.
   """
-  label_B = checked_labels(label_B, model.num_classes)
+  if is_energy(model):
+    raise ValueError(
+      f"this model was trained as an energy ({model.energy!r}): its gradient is the field, not its answer. "
+      "Use energy_field or conditional_field"
+    )
   field_fn = conditional_field(
     model, params, guidance=guidance, guidance_channels=guidance_channels, guidance_interval=guidance_interval
   )
+  return bound(field_fn, label_B)
+
+
+def energy_field(
+  model: Any,
+  params: Any,
+  label_B: jax.Array,
+  form: str | None = None,
+  *,
+  guidance: float | jax.Array = 1.0,
+  guidance_channels: int | Sequence[int] | None = None,
+  guidance_interval: tuple[float, float] | None = None,
+) -> BoundField:
+  """The gradient of an explicit energy as a field: f(x) = ∇ₓE(x | label), EqM-E.
+
+  Args:
+    form: "dot", "l2" or "scalar" (`eqm_jax.energy` says what they are); None takes
+      the one the model was built for. An implicit model can be read as "dot" or "l2".
+
+  The other arguments are those of `implicit_field`.
+
+  Raises:
+    ValueError: as `implicit_field`, and if the model has no such energy.
+  """
+  field_fn = conditional_field(
+    model,
+    params,
+    form=energy.checked_form(model, form),
+    guidance=guidance,
+    guidance_channels=guidance_channels,
+    guidance_interval=guidance_interval,
+  )
+  return bound(field_fn, label_B)
+
+
+def bound(field_fn: ConditionalField, label_B: jax.Array) -> BoundField:
+  """Binds labels [B] or [B, K] to a conditional field.
+
+  Raises:
+    ValueError: if a label does not exist, or the guidance scale has another shape.
+  """
+  label_B = checked_labels(label_B, field_fn.model.num_classes)
   allowed = [(), label_B.shape] + ([label_B.shape[1:]] if label_B.ndim == 2 else [])
   if field_fn.scale is not None and field_fn.scale.shape not in allowed:
     raise ValueError(f"guidance has shape {field_fn.scale.shape}: for labels {label_B.shape} give one of {allowed}")
   if field_fn.scale is None and label_B.ndim == 2:
     raise ValueError(f"labels {label_B.shape} are several conditions a sample: give a guidance scale for them")
-  return ImplicitField(field_fn, label_B)
+  return BoundField(field_fn, label_B)
 
 
 @flax.struct.dataclass
@@ -168,6 +233,44 @@ def guided(
     channels = range(channels)
   channels = None if channels is None else tuple(channels)
   return GuidedField(as_pytree(field_fn), as_pytree(null_field_fn), jnp.asarray(scale, jnp.float32), channels)
+
+
+@flax.struct.dataclass
+class ComposedField:
+  """A weighted sum of fields. Made by `compose`."""
+
+  field_fns: tuple[Callable, ...]
+  weight_K: tuple[jax.Array, ...]
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return sum(per_sample(weight, x) * field_fn(x) for weight, field_fn in zip(self.weight_K, self.field_fns))
+
+
+def compose(field_fns: Sequence[Callable], weights: Sequence[float | jax.Array]) -> ComposedField:
+  """Adds landscapes: f = Σ w_k·f_k, the gradient of Σ w_k·E_k (EqM paper, section 4.3).
+
+  A sample comes to rest where the summed landscapes are low together; a negative
+  weight leads away from a landscape's valleys. Weights that sum to one keep the pace of
+  the descent. For labels of one model, `implicit_field` with labels [B, K] takes one
+  pass of the network instead of K.
+
+  Args:
+    field_fns: K fields, x [B, ...] → f of that shape: of several labels, models, or
+      the same network with other weights.
+    weights: K of them, each one number or one per sample [B].
+
+  Raises:
+    ValueError: if there are not as many weights as fields, or one is not finite.
+  """
+  field_fns, weights = tuple(field_fns), tuple(jnp.asarray(weight, jnp.float32) for weight in weights)
+  if not field_fns or len(field_fns) != len(weights):
+    raise ValueError(f"compose: {len(weights)} weights for {len(field_fns)} fields: give one weight for each field")
+  for k, weight in enumerate(weights):
+    if weight.ndim > 1:
+      raise ValueError(f"compose: weight {k} has shape {weight.shape}: give one number, or one per sample [B]")
+    if not isinstance(weight, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(weight))):
+      raise ValueError(f"compose: weight {k} = {weight} is not finite")
+  return ComposedField(tuple(map(as_pytree, field_fns)), weights)
 
 
 def as_pytree(field_fn: Callable) -> Callable:

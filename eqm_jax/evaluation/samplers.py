@@ -141,7 +141,7 @@ def _stream_part(row, model, field_fn, label_B, index_B, batching: Batching):
 
 def _descend_part(row, model, field_fn, label_B, index_B, batching: Batching):
   label_B, index_B, noise, dropped = _filled_up(model, label_B, index_B, batching)
-  bound = field.ImplicitField(field_fn, label_B)
+  bound = field.BoundField(field_fn, label_B)
   result = descend_row(row, bound, noise, batching, index_B=index_B)
   hardware = result.evaluations_B.max() * len(index_B)
   return jax.tree.map(lambda leaf: leaf[: len(leaf) - dropped], result), hardware

@@ -26,6 +26,7 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 ATTENTION = ("xla", "cudnn")
+ENERGIES = ("none", "dot", "l2", "scalar")
 TIME_FREQUENCIES = 256
 
 
@@ -51,6 +52,8 @@ class DiT(nn.Module):
   unroll: int = 1  # blocks per iteration of the scan
   remat: str = "none"  # one of REMAT_POLICIES
   attention: str = "xla"  # or "cudnn" (GPU, bfloat16)
+  energy: str = "none"  # what the answer is for: "none", itself the field; "dot" or "l2", part of an energy;
+  # "scalar", the energy itself, [B]: a head that sums over the tokens in place of the last layer
 
   def __post_init__(self):
     _check_attributes(self)
@@ -60,6 +63,11 @@ class DiT(nn.Module):
   def input_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of one sample."""
     return self.input_size, self.input_size, self.channels
+
+  @property
+  def twice_differentiable(self) -> "DiT":
+    """The same model with an attention that has second derivatives; cuDNN's has not."""
+    return self if self.attention == "xla" else self.clone(attention="xla")
 
   @nn.compact
   def __call__(
@@ -74,7 +82,8 @@ class DiT(nn.Module):
       return_tokens: also return the last block's activations [B, T, width].
 
     Returns:
-      f [B, H, W, C] in float32 (float64 if dtype is), or (f, tokens).
+      f [B, H, W, C] in float32 (float64 if dtype is), or (f, tokens). With energy
+      "scalar", E [B] in place of f.
     """
     self._check_arguments(x_BxHxWxC, label_B, gamma_B)
     dtype = jnp.dtype(self.dtype)
@@ -98,6 +107,10 @@ class DiT(nn.Module):
     shift, scale = _modulation(2, self.width, wide, "final_modulation", condition_BxD)
     normed_BxTxD = _modulate(_layer_norm(tokens_BxTxD.astype(wide)), shift, scale)
     zeros = nn.initializers.zeros
+    if self.energy == "scalar":
+      energy_BxTx1 = nn.Dense(1, dtype=wide, kernel_init=zeros, name="energy_out")(normed_BxTxD)
+      energy_B = jnp.sum(energy_BxTx1, axis=(1, 2))
+      return (energy_B, tokens_BxTxD) if return_tokens else energy_B
     out_BxTxP = nn.Dense(self.patch_size**2 * out_channels, dtype=wide, kernel_init=zeros, name="final_out")(
       normed_BxTxD
     )
@@ -283,5 +296,9 @@ def _check_attributes(m: DiT):
     raise ValueError(f"model: remat = {m.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
   if m.attention not in ATTENTION:
     raise ValueError(f"model: attention = {m.attention!r} is not one of {', '.join(ATTENTION)}")
+  if m.energy not in ENERGIES:
+    raise ValueError(f"model: energy = {m.energy!r} is not one of {', '.join(ENERGIES)}")
+  if m.energy != "none" and m.time_input:
+    raise ValueError(f"model: energy = {m.energy!r} is a landscape without time: set time_input = False")
   if m.dtype not in ("float32", "bfloat16", "float64"):
     raise ValueError(f"model: dtype = {m.dtype!r} is not float32, bfloat16 or float64")

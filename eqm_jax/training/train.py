@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from eqm_jax.data import pipeline, sources
-from eqm_jax.equilibrium import objective
+from eqm_jax.equilibrium import energy, objective
 from eqm_jax.files import read_json, write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import checkpoint, metrics, pretrained, sharding
@@ -27,7 +27,7 @@ from eqm_jax.training import state as state_lib
 log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: it does not touch the parameters.
-FREE_SECTIONS = ("checkpoint", "evaluation", "sample", "samplers")
+FREE_SECTIONS = ("checkpoint", "evaluation", "sample", "samplers", "tasks")
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
@@ -77,6 +77,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     log.info("resumed from step %d", first_step)
   else:
     state = jax.jit(init, out_shardings=shardings)()
+    if config.train.init_from:
+      params = jax.device_put(_warm_start(config.train.init_from, model, shapes.params), shardings.params)
+      state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+      log.info("started from the weights of %s", config.train.init_from)
 
   # ---------------------------------------------------------------- one step
   learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
@@ -142,14 +146,17 @@ def batch_loss(
 
   All randomness is drawn here, for the global batch, from the one key of the step.
   """
-  key_data, key_gamma, key_noise, key_label = jax.random.split(key, 4)
+  key_data, key_gamma, key_noise, key_label, key_clean = jax.random.split(key, 5)
   data_BxHxWxC = draw_data(batch, key_data)
   gamma_B = jax.random.uniform(key_gamma, data_BxHxWxC.shape[:1])
+  gamma_B = jnp.where(jax.random.bernoulli(key_clean, config.clean_share, gamma_B.shape), 1.0, gamma_B)
   noise_BxHxWxC = jax.random.normal(key_noise, data_BxHxWxC.shape)
   dropped_B = jax.random.bernoulli(key_label, config.label_dropout, gamma_B.shape)
   label_B = jnp.where(dropped_B, model.num_classes, batch["label"])
 
   def field_fn(x_BxHxWxC, *gamma):  # → f, and the tokens for the dispersive loss
+    if model.energy != "none":
+      return energy.SECOND_ORDER[config.second_order](model, model.energy, params, x_BxHxWxC, label_B), None
     return model.apply({"params": params}, x_BxHxWxC, label_B, *gamma, return_tokens=True)
 
   if config.kind == "equilibrium":
@@ -171,6 +178,28 @@ def draw_data(batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
   return batch["mean"] + jnp.exp(batch["logvar"] / 2) * jax.random.normal(key, batch["mean"].shape)
 
 
+def _warm_start(path: str, model: DiT, shapes: Any) -> Any:
+  """The averaged weights of another model, if they have this model's shapes."""
+  loaded = pretrained.load(path, weights="ema")
+  theirs, ours = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (loaded.params, shapes))
+  for name in sorted(theirs.keys() | ours.keys(), key=str):
+    there, here = (tree[name].shape if name in tree else "absent" for tree in (theirs, ours))
+    if there != here:
+      raise ValueError(
+        f"train.init_from = {path!r}: parameter {jax.tree_util.keystr(name, simple=True, separator='/')} is {there} "
+        f"there and {here} in this model: the attributes of the two models must be the same, but for 'energy'"
+      )
+  if model.energy == "l2" and not any(np.any(leaf) for leaf in jax.tree.leaves(loaded.params["final_out"])):
+    raise ValueError(f"train.init_from = {path!r} has an output layer of zeros, {_NO_GRADIENT}")
+  return loaded.params
+
+
+_NO_GRADIENT = (
+  "where the energy ½‖f‖² has no gradient in any parameter. Warm-start from a trained implicit model "
+  "(model.energy = 'none', otherwise the same) with train.init_from = its workdir"
+)
+
+
 def _loss_scale(config: ml_collections.ConfigDict, schedule: objective.Schedule) -> float:
   """E[c²], which makes losses comparable; flow matching has c ≡ 1."""
   return objective.mean_square_magnitude(schedule) if config.kind == "equilibrium" else 1.0
@@ -190,8 +219,10 @@ def _check_fits(config: ml_collections.ConfigDict, model: DiT, source: sources.S
     raise ValueError(f"objective.kind = {config.objective.kind!r} is neither 'equilibrium' nor 'flow_matching'")
   if config.objective.kind == "equilibrium" and model.time_input:
     raise ValueError("objective.kind = 'equilibrium' trains a field without time: set model.time_input = False")
-  if not 0 <= config.objective.label_dropout <= 1:
-    raise ValueError(f"objective.label_dropout = {config.objective.label_dropout} must lie in [0, 1]")
+  for name in ("label_dropout", "clean_share"):
+    if not 0 <= config.objective[name] <= 1:
+      raise ValueError(f"objective.{name} = {config.objective[name]} must lie in [0, 1]")
+  _check_energy(config, model)
   if not 0 <= config.optimizer.ema_decay < 1:
     raise ValueError(f"optimizer.ema_decay = {config.optimizer.ema_decay} must lie in [0, 1)")
   counts = {
@@ -205,6 +236,18 @@ def _check_fits(config: ml_collections.ConfigDict, model: DiT, source: sources.S
   for name, value in counts.items():
     if value < 1:
       raise ValueError(f"{name} = {value} must be at least 1")
+
+
+def _check_energy(config: ml_collections.ConfigDict, model: DiT):
+  if config.objective.second_order not in energy.SECOND_ORDER:
+    known = ", ".join(energy.SECOND_ORDER)
+    raise ValueError(f"objective.second_order = {config.objective.second_order!r} is not one of {known}")
+  if model.energy != "none" and config.objective.kind != "equilibrium":
+    raise ValueError(f"model.energy = {model.energy!r} needs objective.kind = 'equilibrium'")
+  if model.energy != "none" and config.objective.dispersive_weight:
+    raise ValueError("objective.dispersive_weight is for implicit fields: set it to 0 or model.energy = 'none'")
+  if model.energy == "l2" and not config.train.init_from:
+    raise ValueError(f"model.energy = 'l2' starts from an output layer of zeros, {_NO_GRADIENT}")
 
 
 def check_same_run(workdir: str, config: ml_collections.ConfigDict):
