@@ -32,6 +32,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8",
     "pillow",
     "scikit-learn",
+    "scipy",
     "tensorboardX",
     "tqdm",
   ],

@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
   config.data = config_dict.create(
-    source="digits",  # "digits" or "latents"
+    source="digits",  # "digits", "plane" or "latents"
     options=config_dict.create(part="all"),  # "all", "train" (5 of 6 images) or "test" (the sixth)
     flip=False,  # mirror half of the images: a mirrored digit is no digit
     threads=2,  # that read ahead
@@ -39,8 +39,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.model = config_dict.create(  # the attributes of networks.dit.DiT
     input_size=8,  # pixels
     channels=1,
-    patch_size=2,  # pixels
-    width=96,
+    patch_size=4,  # pixels
+    width=128,
     depth=3,  # blocks
     num_heads=4,
     num_classes=10,  # label 10 is "no class"
@@ -68,19 +68,19 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     second_order="reverse_over_reverse",  # or "forward_over_reverse": the loss's derivative, for an energy
   )
   config.optimizer = config_dict.create(  # AdamW
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     schedule="cosine",  # after the warm-up: "constant" or "cosine" (to zero at the last step)
-    warmup_steps=20 if smoke else 200,
+    warmup_steps=20 if smoke else 100,
     b1=0.9,
     b2=0.999,
     eps=1e-8,
     weight_decay=0.0,
     clip_norm=0.0,  # of the global gradient; 0: no clipping
-    ema_decay=0.9 if smoke else 0.999,
+    ema_decay=0.9 if smoke else 0.998,
   )
   config.train = config_dict.create(
     steps=60 if smoke else 4000,
-    batch_size=32 if smoke else 128,
+    batch_size=32 if smoke else 64,
     log_every=20 if smoke else 100,  # steps
     # A model whose weights to start from, anything that eqm_jax.load reads; "": random ones.
     init_from="runs/digits" if variant == "l2" else "",
@@ -147,6 +147,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     inpaint=config_dict.create(
       mask="right",  # painted anew: "left", "right", "top", "bottom", "centre", "all", or a .npy [H, W] of 0 and 1
       gamma=0.0,  # where it starts: 0 keeps nothing of what is under the mask
+      settle=50,  # evaluations with fresh noise before the descent
+      tries=4,  # how often each image is painted; the one with the smallest ‖f‖ is kept
     ),
   )
   return config

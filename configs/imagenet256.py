@@ -31,7 +31,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
   config.data = config_dict.create(
-    source="latents",  # "digits" or "latents"
+    source="latents",  # "digits", "plane" or "latents"
     options=config_dict.create(  # arguments of the source
       path="data/imagenet256_latents",  # directory with mean.npy, logvar.npy, label.npy
       scale=0.18215,  # of sd-vae-ft-ema's latents, to about unit variance
@@ -150,6 +150,8 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     inpaint=config_dict.create(
       mask="right",  # painted anew: "left", "right", "top", "bottom", "centre", "all", or a .npy [H, W] of 0 and 1
       gamma=0.0,  # where it starts: 0 keeps nothing of what is under the mask
+      settle=50,  # evaluations with fresh noise before the descent
+      tries=4,  # how often each image is painted; the one with the smallest ‖f‖ is kept
     ),
   )
   return config

@@ -8,6 +8,8 @@ import ml_collections
 from eqm_jax.data import sources
 from eqm_jax.evaluation import evaluate, sample, samplers
 from eqm_jax.networks.dit import DiT
+from eqm_jax.report import report
+from eqm_jax.tasks import compose, denoise, inpaint, inputs, ood
 from eqm_jax.training import pretrained, sharding, state, train
 
 log = logging.getLogger(__name__)
@@ -17,21 +19,35 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: 
   """Runs one mode.
 
   Args:
-    mode: "train" (and then evaluate), "evaluate" or "sample".
+    mode: "train" (and then evaluate), "evaluate", "sample", a task ("denoise", "ood",
+      "compose", "inpaint") or "report".
     config: of configs/.
     workdir: of the run.
-    checkpoint: the model to evaluate or sample, if not the workdir's.
+    checkpoint: the model to use, if not the workdir's; "train" and "report" make theirs.
 
   Raises:
     ValueError: before any work, for what does not fit.
     FloatingPointError: if training diverges.
   """
-  {"train": _train, "evaluate": _evaluate, "sample": _sample}[mode](config, workdir, checkpoint)
+  modes = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "denoise": _denoise,
+    "ood": _ood,
+    "compose": _compose,
+    "inpaint": _inpaint,
+    "report": _report,
+  }
+  modes[mode](config, workdir, checkpoint)
 
 
 def _train(config, workdir, checkpoint):
   if checkpoint:
-    raise ValueError(f"--checkpoint={checkpoint} is for --mode=evaluate and sample; training starts in its workdir")
+    raise ValueError(
+      f"--checkpoint={checkpoint} is for the modes that use a model; training resumes in its workdir, "
+      "and starts from other weights with --config.train.init_from"
+    )
   if config.evaluation.samples:  # a mistake in the evaluation is told before the training
     evaluate.check(config, DiT(**config.model), _source(config), _batching(config, config.evaluation))
   finished = train.train(config, workdir)
@@ -52,6 +68,61 @@ def _sample(config, workdir, checkpoint):
   directory = os.path.join(workdir, "samples")
   sample.sample(config, model.model, model.params, _batching(config, config.sample), directory)
   log.info("samples: %s", directory)
+
+
+def _denoise(config, workdir, checkpoint):
+  model, given, source, batching = _task(config, workdir, checkpoint)
+  directory = os.path.join(workdir, "denoise")
+  denoise.denoise(config, model.model, model.params, given, batching, directory)
+  log.info("denoised images: %s", directory)
+
+
+def _ood(config, workdir, checkpoint):
+  model, given, source, batching = _task(config, workdir, checkpoint)
+  directory = os.path.join(workdir, "ood")
+  found = ood.ood(config, model.model, model.params, given, source, batching, directory)
+  for score, against in found["auroc"].items():
+    log.info("AUROC by %s: %s", score, "  ".join(f"{kind} {value:.3f}" for kind, value in against.items()))
+  log.info("scores: %s", directory)
+
+
+def _compose(config, workdir, checkpoint):
+  options, batching = config.tasks.compose, _batching(config, config.tasks)
+  model = _load(config, workdir, checkpoint, config.tasks.weights)
+  compose.check(options, model.model)
+  terms = []
+  for path, label, weight in zip(options.checkpoints, options.labels, options.weights):
+    part = pretrained.load(path, weights=config.tasks.weights) if path else model
+    if part.model.input_shape != model.model.input_shape or part.model.num_classes != model.model.num_classes:
+      raise ValueError(
+        f"tasks.compose.checkpoints: {path} makes {part.model.input_shape} of {part.model.num_classes} classes, but "
+        f"the model {model.model.input_shape} of {model.model.num_classes}: they cannot be added"
+      )
+    terms.append((part.model, part.params, label, weight))
+  directory = os.path.join(workdir, "compose")
+  compose.compose(config, terms, _source(config), batching, directory)
+  log.info("composed samples: %s", directory)
+
+
+def _inpaint(config, workdir, checkpoint):
+  model, given, source, batching = _task(config, workdir, checkpoint)
+  directory = os.path.join(workdir, "inpaint")
+  inpaint.inpaint(config, model.model, model.params, given, batching, directory)
+  log.info("painted images: %s", directory)
+
+
+def _report(config, workdir, checkpoint):
+  if checkpoint:
+    raise ValueError(f"--checkpoint={checkpoint}: a report trains its own models")
+  report.report(config, workdir, sharding.make_mesh(**config.mesh))
+
+
+def _task(config, workdir, checkpoint):
+  """(model, images, data set, batching) of a task."""
+  model = _load(config, workdir, checkpoint, config.tasks.weights)
+  source = _source(config)
+  given = inputs.open_inputs(config.tasks, source, model.model)
+  return model, given, source, _batching(config, config.tasks)
 
 
 def _load(config, workdir, checkpoint, weights) -> pretrained.Pretrained:

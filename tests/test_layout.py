@@ -11,7 +11,19 @@ import eqm_jax
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "eqm_jax"
 # From the top down; a module imports from its own folder and from those below it.
-ORDER = ["main", "programs", "training", "evaluation", "data", "convert", "networks", "equilibrium", "files"]
+ORDER = [
+  "main",
+  "programs",
+  "report",
+  "training",
+  "tasks",
+  "evaluation",
+  "data",
+  "convert",
+  "networks",
+  "equilibrium",
+  "files",
+]
 NEVER = {("networks", "equilibrium"), ("equilibrium", "files"), ("networks", "files")}
 
 

@@ -82,6 +82,30 @@ def digits(part: str = "all") -> Images:
   return Images(images[chosen], data.target[chosen], num_classes=10)
 
 
+def plane(kind: str, count: int = 4096, seed: int = 0) -> Images:
+  """Points of the plane as images of one pixel and two channels, of about unit variance.
+
+  "two_moons" has 2 classes, "eight_gaussians" 8, and "checkerboard" the 8 dark squares of
+  a 4×4 board.
+  """
+  rng = np.random.default_rng(seed)
+  if kind == "two_moons":
+    points, labels = sklearn.datasets.make_moons(count, noise=0.05, random_state=seed)
+    points = (points - [0.5, 0.25]) * [1.15, 2.0]
+  elif kind == "eight_gaussians":
+    labels = rng.integers(8, size=count)
+    angle = labels * np.pi / 4
+    points = 1.4 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + rng.normal(scale=0.1, size=(count, 2))
+  elif kind == "checkerboard":
+    labels = rng.integers(8, size=count)
+    row, column = labels // 2, 2 * (labels % 2) + labels // 2 % 2
+    points = (np.stack([column, row], axis=1) + rng.uniform(size=(count, 2)) - 2) * 0.87
+  else:
+    known = "two_moons, eight_gaussians, checkerboard"
+    raise ValueError(f"data.options.kind = {kind!r} is not known: choose one of {known}")
+  return Images(points.astype(np.float32)[:, None, None, :], labels, num_classes=2 if kind == "two_moons" else 8)
+
+
 def open_source(name: str, options: dict[str, Any]) -> Source:
   """The data set that a config names.
 
@@ -89,7 +113,7 @@ def open_source(name: str, options: dict[str, Any]) -> Source:
     ValueError: if the name is not known, a file is missing, or a label is outside
       the classes.
   """
-  known = {"digits": digits, "latents": Latents}
+  known = {"digits": digits, "latents": Latents, "plane": plane}
   if name not in known:
     raise ValueError(f"data.source = {name!r} is not known: choose one of {', '.join(known)}")
   try:

@@ -4,6 +4,7 @@ A time-free field is valid at every noise level at once, so each task is a desce
 one look at the field, from some other start. Composition is `field.compose`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from eqm_jax.equilibrium import sampler
 from eqm_jax.equilibrium.field import as_pytree
 from eqm_jax.equilibrium.objective import Schedule, corrupt, magnitude, per_sample
 
+AGAIN, SETTLE = 2**32 - 3, 2**32 - 4  # folded into a key where no sample index reaches: another try, fresh noise
 NEAREST = 1e-3  # a known pixel's pace is that of this 1−γ when it is nearer
 
 
@@ -32,13 +34,22 @@ def noised(image: jax.Array, gamma: float | jax.Array, key: jax.Array, index_B: 
     ValueError: for a γ outside [0, 1], or of another shape.
   """
   image = sampler.checked_start(image)
-  if np.shape(gamma) not in ((), image.shape[:1]):
-    raise ValueError(f"gamma has shape {np.shape(gamma)}: give one number, or one for each of {len(image)} images")
-  if not np.all((np.asarray(gamma) >= 0) & (np.asarray(gamma) <= 1)):
-    raise ValueError(f"gamma = {gamma} must lie in [0, 1]: 0 is noise, 1 the image")
   index_B = jnp.arange(len(image)) if index_B is None else index_B
   noise = sampler.start_noise(key, index_B, image.shape[1:], image.dtype)
-  return corrupt(image, noise, jnp.broadcast_to(jnp.asarray(gamma, image.dtype), image.shape[:1]))
+  return corrupt(image, noise, checked_gamma(gamma, len(image)))
+
+
+def checked_gamma(gamma: float | jax.Array, count: int) -> jax.Array:
+  """γ of each of `count` samples, float32.
+
+  Raises:
+    ValueError: for a γ outside [0, 1], or of another shape.
+  """
+  if np.shape(gamma) not in ((), (count,)):
+    raise ValueError(f"gamma has shape {np.shape(gamma)}: give one number, or one for each of {count} images")
+  if not np.all((np.asarray(gamma) >= 0) & (np.asarray(gamma) <= 1)):
+    raise ValueError(f"gamma = {gamma} must lie in [0, 1]: 0 is noise, 1 the image")
+  return jnp.broadcast_to(jnp.asarray(gamma, jnp.float32), (count,))
 
 
 @jax.jit
@@ -80,40 +91,92 @@ def inpaint(
   *,
   schedule: Schedule = Schedule(),
   gamma: float | jax.Array = 0.0,
+  settle: int = 50,
+  tries: int = 1,
   index_B: jax.Array | None = None,
   **descent: Any,
 ) -> sampler.Result:
-  """Paints the masked pixels anew, by descent, to fit the others.
+  """Paints the masked pixels anew, to fit the others, and with another class edits an image.
 
-  The known pixels start as noisy as the unknown ones and descend a landscape whose one
-  valley is the image, at the pace c(γ)/(1−γ)·(x − image) at which the field brings in
-  the unknown ones: so the network sees one noise level all along, of which nobody tells
-  it. With another class in the field, and a start γ above 0, this edits an image.
+  First, for `settle` evaluations, the level rises from `gamma` to the schedule's a. At each,
+  the picture so far is mixed with fresh noise; the field's answer there tells the next
+  picture, x̂ = x − (1−γ)/c(γ)·f(x), whose known pixels are put right. Fresh noise
+  keeps the painted pixels from settling on what one noise happened to suggest.
+
+  Then a descent. The known pixels go down a landscape whose one valley is the image, at
+  the pace c(γ)/(1−γ)·(x − image) at which the field brings in the others: the network sees
+  one noise level all along, of which nobody tells it.
+
+  Where the painted pixels fit badly, f without the mask still pulls at the known ones. So
+  of several `tries` the one with the smallest ‖f‖ of the whole image is kept.
 
   Args:
     field_fn: x [B, ...] → f [B, ...].
     image: [B, ...]; what lies under the mask matters only for γ above 0.
     mask: true or 1 where to paint; of a shape that broadcasts to that of `image`.
-    key: of the start noise, as for `noised`.
+    key: of all noise, as for `noised`, and of what `descend` draws.
     schedule: c(γ) that the field was trained with, λ included.
     gamma: where to start; 0 keeps nothing of what is under the mask.
+    settle: evaluations before the descent; 0 descends at once.
+    tries: how often each image is painted, from other noise.
     index_B: the indices of the samples, 0 to B−1 if not given.
     **descent: arguments of `descend`: step_size, max_evaluations, threshold, rule, ...
 
   Returns:
-    A `Result`, its known pixels exactly those of `image`.
+    A `Result`, its known pixels exactly those of `image`. Its norm is ‖f‖ of the whole
+    image; its evaluations are all that its tries used; the record, if any, is that of
+    the last descent.
 
   Raises:
     ValueError: for a mask of another shape or with values besides 0 and 1, a γ
-      outside [0, 1], and as `descend`.
+      outside [0, 1], settle below 0, fewer than one try, and as `descend`.
   """
+  if tries < 1 or settle < 0:
+    raise ValueError(f"tries = {tries} must be at least 1, and settle = {settle} at least 0")
   image = sampler.checked_start(image)
   unknown = checked_mask(mask, image.shape).astype(image.dtype)
-  start, noise = (noised(image, level, key, index_B) for level in (gamma, 0.0))
-  known_norm_B = jnp.sqrt(jnp.sum(((noise - image) * (1 - unknown)) ** 2, axis=range(1, image.ndim)))
-  masked = MaskedField(as_pytree(field_fn), image, unknown, jnp.maximum(known_norm_B, NEAREST), schedule)
-  result = sampler.descend(masked, start, index_B=index_B, **descent)
-  return result.replace(x=jnp.where(unknown > 0, result.x, image))
+  gamma_B = checked_gamma(gamma, len(image))
+  index_B = jnp.arange(len(image)) if index_B is None else index_B
+  field_fn, best = as_pytree(field_fn), None
+  for number in range(tries):
+    try_key = jax.random.fold_in(jax.random.fold_in(key, jnp.uint32(AGAIN)), number) if number else key
+    start, noise = _settle(field_fn, image, unknown, gamma_B, try_key, index_B, schedule, settle)
+    known_norm_B = jnp.sqrt(jnp.sum(((noise - image) * (1 - unknown)) ** 2, axis=range(1, image.ndim)))
+    masked = MaskedField(field_fn, image, unknown, jnp.maximum(known_norm_B, NEAREST), schedule)
+    result = sampler.descend(masked, start, key=try_key, index_B=index_B, **descent)
+    x = jnp.where(unknown > 0, result.x, image)
+    evaluations_B = result.evaluations_B + settle + 1
+    result = result.replace(x=x, norm_B=field_norm(field_fn, x), evaluations_B=evaluations_B)
+    best = result if best is None else _better(best, result)
+  return best
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "settle"))
+def _settle(field_fn, image, unknown, gamma_B, key, index_B, schedule: Schedule, settle: int):
+  """Where the descent starts, and the noise that is in it."""
+  last_B = jnp.maximum(gamma_B, schedule.a) if settle else gamma_B
+
+  def noise_at(k):
+    step_key = jax.random.fold_in(jax.random.fold_in(key, jnp.uint32(SETTLE)), k)
+    return sampler.start_noise(step_key, index_B, image.shape[1:], image.dtype)
+
+  def step(guess, k):
+    level_B = gamma_B + (last_B - gamma_B) * k / settle
+    x = corrupt(guess, noise_at(k), level_B)
+    # x_γ − x = (1−γ)·(ε − x), and f is trained to be (ε − x)·c(γ).
+    pace_B = (1 - level_B) / jnp.maximum(magnitude(level_B, schedule), NEAREST)
+    guess = x - per_sample(pace_B, x) * field_fn(x)
+    return jnp.where(unknown > 0, guess, image), None
+
+  guess = jax.lax.scan(step, image, jnp.arange(settle))[0] if settle else image
+  noise = noise_at(settle)
+  return corrupt(guess, noise, last_B), noise
+
+
+def _better(best: sampler.Result, result: sampler.Result) -> sampler.Result:
+  """Sample by sample the one with the smaller ‖f‖, and the evaluations of both."""
+  chosen = sampler.where(result.norm_B < best.norm_B, result.replace(record=None), best.replace(record=None))
+  return chosen.replace(evaluations_B=best.evaluations_B + result.evaluations_B, record=result.record)
 
 
 def checked_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:

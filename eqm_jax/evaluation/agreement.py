@@ -18,6 +18,10 @@ class Classifier:
     self._svc = sklearn.svm.SVC(C=10).fit(fit_x, fit_y)
     self.held_out_accuracy = float(self._svc.score(held_x, held_y))  # on real images it was not fitted to
 
+  def predict(self, images: np.ndarray) -> np.ndarray:
+    """The class seen in each of `images` [N, ...], [N]."""
+    return self._svc.predict(images.reshape(len(images), -1))
+
   def agreement(self, images: np.ndarray, labels: np.ndarray) -> float:
     """The share of `images` [N, ...] that are classified as `labels` [N]."""
-    return float(self._svc.score(images.reshape(len(images), -1), labels))
+    return float(np.mean(self.predict(images) == labels))

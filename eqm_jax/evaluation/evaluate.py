@@ -2,7 +2,8 @@
 
 Writes into the output directory `evaluation.json`, the same as a table in
 `evaluation.md`, and for people: a grid of samples per sampler, how many evaluations
-the samples of adaptive ones used, and the way of some samples.
+the samples of adaptive ones used, and the way of some samples; for points of the plane the
+samples over the data, and the landscape.
 """
 
 import importlib.metadata
@@ -16,8 +17,8 @@ import numpy as np
 
 import eqm_jax
 from eqm_jax.data.sources import Source
-from eqm_jax.equilibrium import sampler
-from eqm_jax.evaluation import agreement, distances, paths, pictures, samplers
+from eqm_jax.equilibrium import objective, sampler
+from eqm_jax.evaluation import agreement, distances, paths, pictures, plane, samplers
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 
@@ -90,7 +91,8 @@ def evaluate(
   os.makedirs(directory, exist_ok=True)
 
   # ---------------------------------------------------------------- the real data, and what it can tell
-  in_pixels = "image" in source[0]
+  in_plane = source.shape == plane.SHAPE
+  in_pixels = "image" in source[0] and not in_plane
   real = np.stack([real_sample(source[i]) for i in range(len(source))])
   classifier = agreement.Classifier(real, source.labels) if options.label_agreement else None
   label_N = samplers.balanced_labels(options.samples, model.num_classes)
@@ -99,7 +101,7 @@ def evaluate(
     "labels": "balanced",
     "seed": options.seed,
     "weights": options.weights,
-    "space": "pixels, clipped to [-1, 1]" if in_pixels else "latents",
+    "space": "plane" if in_plane else "pixels, clipped to [-1, 1]" if in_pixels else "latents",
     "real": {"images": len(real), "frechet_between_halves": _between_halves(real)},
     "versions": {"eqm_jax": eqm_jax.__version__}
     | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
@@ -117,12 +119,15 @@ def evaluate(
     seconds[name] = [drawn.seconds]
     images = np.clip(drawn.result.x, -1, 1) if in_pixels else drawn.result.x
     scores = {"frechet": distances.frechet_distance(_flat(images), _flat(real))}
+    if in_plane:
+      scores |= plane.distances(images, real)
     if classifier:
       scores["label_agreement"] = classifier.agreement(images, label_N)
     report["rows"][name] = {**row.to_dict(), **scores, **_counts(drawn)}
     text = "  ".join(f"{score} {value:.3f}" for score, value in scores.items())
     log.info("%s  %s  evaluations %.1f  %.1f s", name, text, drawn.result.evaluations_B.mean(), drawn.seconds)
-    pictures.grid(images[:100], 10).save(os.path.join(directory, f"samples_{name}.png"))
+    shown = plane.scatter(images, real) if in_plane else pictures.grid(images[:100], 10)
+    shown.save(os.path.join(directory, f"samples_{name}.png"))
     if row.threshold > 0:
       title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
       histogram = pictures.evaluations_histogram(drawn.result.evaluations_B, row.max_evaluations, title)
@@ -137,7 +142,10 @@ def evaluate(
     row["images_per_second"] = options.samples / row["seconds"]
 
   # ---------------------------------------------------------------- the way of one sample per class
-  if options.pictured != "none":
+  if options.pictured != "none" and in_plane:
+    schedule = objective.Schedule(**config.objective.schedule)
+    plane.draw(config.samplers[options.pictured], model, params, real, schedule, batching, directory)
+  elif options.pictured != "none":
     few = samplers.balanced_labels(min(max(1, model.num_classes), 10), model.num_classes)
     paths.draw(config.samplers[options.pictured], model, params, few, batching, directory)
   write_json(os.path.join(directory, "evaluation.json"), report)

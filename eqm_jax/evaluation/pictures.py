@@ -1,7 +1,7 @@
 """Pictures of samples. Images are [N, H, W, C] in [−1, 1]; beyond three channels, the first three are shown."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.axes
 import matplotlib.backends.backend_agg
@@ -44,7 +44,16 @@ def evaluations_histogram(evaluations: np.ndarray, budget: int, title: str) -> I
   axes.axvline(budget, color="tab:red", linestyle="--", label=f"budget {budget}")
   axes.set(xlabel="evaluations used by a sample", ylabel="samples", title=title)
   axes.legend()
-  return _rendered(figure)
+  return rendered(figure)
+
+
+def score_boxes(groups: Mapping[str, np.ndarray], label: str) -> Image.Image:
+  """The scores [N] of several kinds of images, as boxes from quartile to quartile."""
+  figure, axes = _figure()
+  axes.boxplot(list(groups.values()), tick_labels=list(groups), orientation="horizontal", showfliers=False)
+  axes.invert_yaxis()
+  axes.set(xlabel=label)
+  return rendered(figure)
 
 
 def norm_curves(norms_KxB: np.ndarray, evaluations_B: np.ndarray, threshold: float) -> Image.Image:
@@ -56,7 +65,7 @@ def norm_curves(norms_KxB: np.ndarray, evaluations_B: np.ndarray, threshold: flo
     axes.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:g}")
     axes.legend()
   axes.set(xlabel="evaluation", ylabel="‖f‖", yscale="log")
-  return _rendered(figure)
+  return rendered(figure)
 
 
 def _to_rgb(images: np.ndarray) -> np.ndarray:
@@ -70,7 +79,8 @@ def _figure() -> tuple[matplotlib.figure.Figure, matplotlib.axes.Axes]:
   return figure, figure.subplots()
 
 
-def _rendered(figure: matplotlib.figure.Figure) -> Image.Image:
+def rendered(figure: matplotlib.figure.Figure) -> Image.Image:
+  """A diagram as an image."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=120)
   return Image.open(buffer)

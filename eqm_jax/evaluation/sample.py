@@ -32,7 +32,7 @@ def sample(
     raise ValueError(f"sample.sampler = {options.sampler!r} is not one of the samplers: {', '.join(config.samplers)}")
   row = config.samplers[options.sampler]
   samplers.check(options.sampler, row, model, batching)
-  label_N = parse_labels(options.labels, options.count, model.num_classes)
+  label_N = parse_labels("sample.labels", options.labels, options.count, model.num_classes)
   os.makedirs(directory, exist_ok=True)
 
   drawn = samplers.draw(options.sampler, row, model, params, label_N, batching)
@@ -59,10 +59,11 @@ def sample(
   return drawn
 
 
-def parse_labels(text: str, count: int, num_classes: int) -> np.ndarray:
+def parse_labels(key: str, text: str, count: int, num_classes: int) -> np.ndarray:
   """The labels of `count` samples, int32.
 
   Args:
+    key: where the text comes from, for errors.
     text: "balanced" (every class in turn), "none" (no class), or labels and ranges
       such as "3", "0-4" or "1,5,7-9", in turn.
     count: how many.
@@ -72,7 +73,7 @@ def parse_labels(text: str, count: int, num_classes: int) -> np.ndarray:
     ValueError: if the text is none of these, or a label is not known.
   """
   if count < 1:
-    raise ValueError(f"sample.count = {count} must be at least 1")
+    raise ValueError(f"{key}: the number of samples, {count}, must be at least 1")
   if text == "balanced":
     return samplers.balanced_labels(count, num_classes)
   if text == "none":
@@ -81,9 +82,7 @@ def parse_labels(text: str, count: int, num_classes: int) -> np.ndarray:
   for part in str(text).split(","):
     match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
     if not match or (match[2] and int(match[2]) < int(match[1])):
-      raise ValueError(
-        f"sample.labels = {text!r}: {part!r} is no label and no range; give 'balanced', 'none', or '1,5,7-9'"
-      )
+      raise ValueError(f"{key} = {text!r}: {part!r} is no label and no range; give 'balanced', 'none', or '1,5,7-9'")
     labels += range(int(match[1]), int(match[2] or match[1]) + 1)
   checked_labels(np.asarray(labels), num_classes)
   return np.resize(np.asarray(labels, np.int32), count)

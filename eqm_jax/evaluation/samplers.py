@@ -30,6 +30,14 @@ class Batching:
   key: jax.Array  # sample i's random numbers depend on (key, i) alone
   multiplier: float  # λ of the field
 
+  def place(self, tree: Any) -> Any:
+    """Arrays [B, ...] on the mesh, split over their first axis."""
+    return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(("data", "fsdp"))))
+
+  def replicate(self, tree: Any) -> Any:
+    """Arrays on the mesh, whole on every device."""
+    return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
@@ -81,7 +89,7 @@ def draw(
 ) -> Drawn:
   """Draws one sample per label, with a progress bar."""
   field.checked_labels(label_N, model.num_classes)
-  params = jax.device_put(params, NamedSharding(batching.mesh, PartitionSpec()))
+  params = batching.replicate(params)
   field_fn = field.conditional_field(model, params, **guidance_of(row))
   streams = is_descent(row) and row.streaming
   if streams:
@@ -115,8 +123,35 @@ def descend_row(
   row: ml_collections.ConfigDict, field_fn: Callable, noise: jax.Array, batching: Batching, **options
 ) -> sampler.Result:
   """One batch in lockstep; `options` go to `descend`."""
-  settings, numbers = _settings(row, batching), _numbers(row)
-  return sampler.descend(field_fn, noise, **settings, **numbers, threshold=row.threshold, **options)
+  return sampler.descend(field_fn, noise, **descent_of(row, batching), **options)
+
+
+def descent_of(row: ml_collections.ConfigDict, batching: Batching) -> dict[str, Any]:
+  """The row's arguments of `descend`."""
+  return {**_settings(row, batching), **_numbers(row), "threshold": row.threshold}
+
+
+def in_batches(name: str, function: Callable, count: int, batching: Batching) -> Any:
+  """Applies `function` to all of 0..count−1 in batches of one size, with a progress bar.
+
+  Args:
+    name: what the bar says.
+    function: indices [B], numpy → a tree of arrays [B, ...]. The last batch is filled up
+      with indices that it already has.
+    count: how many.
+    batching: of which the batch size is used.
+
+  Returns:
+    The tree, as numpy arrays [count, ...].
+  """
+  size, parts = batching.batch_size, []
+  with tqdm.tqdm(total=count, desc=name, unit="image", disable=None) as bar:
+    for first in range(0, count, size):
+      index = np.arange(first, min(first + size, count))
+      part = jax.device_get(function(np.resize(index, size)))
+      parts.append(jax.tree.map(lambda leaf, n=len(index): leaf[:n], part))
+      bar.update(len(index))
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def _stream_part(row, model, field_fn, label_B, index_B, batching: Batching):
@@ -163,8 +198,7 @@ def _filled_up(model: DiT, label_B, index_B, batching: Batching):
   dropped = batching.batch_size - len(index_B)
   fill = np.arange(batching.batch_size) % len(index_B)
   noise = sampler.start_noise(batching.key, index_B[fill], model.input_shape)
-  sharding = NamedSharding(batching.mesh, PartitionSpec(("data", "fsdp")))
-  label_B, index_B, noise = jax.device_put((jnp.asarray(label_B[fill]), jnp.asarray(index_B[fill]), noise), sharding)
+  label_B, index_B, noise = batching.place((jnp.asarray(label_B[fill]), jnp.asarray(index_B[fill]), noise))
   return label_B, index_B, noise, dropped
 
 

@@ -27,7 +27,7 @@ from eqm_jax.training import state as state_lib
 log = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: it does not touch the parameters.
-FREE_SECTIONS = ("checkpoint", "evaluation", "sample", "samplers", "tasks")
+FREE_SECTIONS = ("checkpoint", "evaluation", "report", "sample", "samplers", "tasks")
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
@@ -85,8 +85,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
   # ---------------------------------------------------------------- one step
   learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
 
-  def step_fn(state, batch):
-    key = jax.random.fold_in(state_lib.stream_key(config.seed, "steps"), state.step)
+  steps_key = state_lib.stream_key(config.seed, "steps")  # an argument: runs that differ in it alone compile once
+
+  def step_fn(state, batch, steps_key):
+    key = jax.random.fold_in(steps_key, state.step)
     loss_fn = functools.partial(batch_loss, model, config.objective, schedule, batch, key)
     loss, gradient = jax.value_and_grad(loss_fn)(state.params)
     updated = state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay)
@@ -119,7 +121,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     pending = None
     for step in range(first_step + 1, steps + 1):
       batch = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, batch_sharding), next(data))
-      state, scalars = step_fn(state, batch)
+      state, scalars = step_fn(state, batch, steps_key)
       if pending:
         report(*pending)
       pending = step, scalars
@@ -255,20 +257,20 @@ def check_same_run(workdir: str, config: ml_collections.ConfigDict):
   path = os.path.join(workdir, pretrained.CONFIG)
   if not (os.path.exists(path) and checkpoint.steps(workdir)):
     return
-  differences = [
+  found = [
     f"{name}: {was!r} there, {now!r} given"
-    for name, was, now in _differences(read_json(path), json.loads(config.to_json()))
+    for name, was, now in differences(read_json(path), json.loads(config.to_json()))
     if name.split(".")[0] not in FREE_SECTIONS
   ]
-  if differences:
-    raise ValueError(f"{workdir} holds a run with another config: {'; '.join(differences)}. Choose another --workdir")
+  if found:
+    raise ValueError(f"{workdir} holds a run with another config: {'; '.join(found)}. Choose another --workdir")
 
 
-def _differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
   """(path, value in a, value in b) wherever two nested dicts differ."""
   if isinstance(a, dict) and isinstance(b, dict):
     for key in sorted(a.keys() | b.keys()):
-      yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+      yield from differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
   elif a != b:
     yield name, a, b
 

@@ -14,7 +14,7 @@ from eqm_jax.evaluation.sample import parse_labels
   ],
 )
 def test_labels(text, expected):
-  assert parse_labels(text, 12, 10).tolist() == expected
+  assert parse_labels("sample.labels", text, 12, 10).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -24,9 +24,9 @@ def test_labels(text, expected):
     ("5-3", 3, "'5-3' is no label"),
     ("cat", 3, "'cat' is no label"),
     ("-1", 3, "'-1' is no label"),
-    ("balanced", 0, "count = 0"),
+    ("balanced", 0, "number of samples, 0"),
   ],
 )
 def test_bad_labels_are_refused(text, count, message):
   with pytest.raises(ValueError, match=message):
-    parse_labels(text, count, 10)
+    parse_labels("sample.labels", text, count, 10)

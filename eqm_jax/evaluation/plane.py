@@ -1,0 +1,143 @@
+"""Landscapes over the plane: the field, its energy and the ways down, beside the optimal field of the data."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.axes
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import ml_collections
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+import sklearn.neighbors
+from PIL import Image
+
+from eqm_jax.equilibrium import energy, field, objective, oracle, sampler
+from eqm_jax.evaluation import pictures, samplers
+from eqm_jax.networks.dit import DiT
+
+SHAPE = (1, 1, 2)  # of a point: an image of one pixel with two channels
+REACH, CELLS = 2.6, 52  # the square that is drawn, and cells along its side
+PATHS, FRAMES = 80, 60
+ORACLE_POINTS = 600  # of the data, for the optimal field
+
+
+def draw(
+  row: ml_collections.ConfigDict,
+  model: DiT,
+  params: Any,
+  points_N: np.ndarray,
+  schedule: objective.Schedule,
+  batching: samplers.Batching,
+  directory: str,
+):
+  """Writes plane.png: for the network (above) and the oracle (below) the field, its energy, and descents.
+
+  The field is that without a class, c(γ) of the oracle that of `schedule`. Where a model
+  gives no energy, the one is drawn whose gradient is nearest to the field.
+
+  Args:
+    row: a row of the samplers that descends, for the network; the oracle takes its
+      step size and budget.
+    points_N: the data, [N, 1, 1, 2].
+  """
+  nulls = np.full(CELLS * CELLS, model.num_classes, np.int32)
+  network = field.conditional_field(model, params)
+  fields = {"network": field.bound(network, nulls), "oracle": oracle.oracle_field(points_N[:ORACLE_POINTS], schedule)}
+  key, index = batching.key, np.arange(PATHS)
+  noise = sampler.start_noise(key, index, SHAPE)
+  walkers = {"network": field.bound(network, nulls[:PATHS]), "oracle": fields["oracle"]}
+
+  figure = matplotlib.figure.Figure(figsize=(12, 8.2), layout="constrained")
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  panels = figure.subplots(2, 3)
+  line = np.linspace(-REACH, REACH, CELLS)
+  grid_GxGx2 = np.stack(np.meshgrid(line, line), axis=-1).astype(np.float32)
+  for (name, field_fn), (left, middle, right) in zip(fields.items(), panels):
+    f_GxGx2 = _on_grid(field_fn, grid_GxGx2)
+    if name == "network" and field.is_energy(model):
+      values = energy.energies(model, model.energy, params, grid_GxGx2.reshape(-1, *SHAPE), nulls)
+      energy_GxG = np.asarray(values).reshape(CELLS, CELLS)
+      title = f"energy ({model.energy})"
+    else:
+      energy_GxG, title = potential(f_GxGx2, line[1] - line[0]), "energy nearest to the field"
+    steps = np.unique(np.linspace(0, row.max_evaluations, FRAMES).round().astype(int))
+    walked = samplers.descend_row(row, walkers[name], noise, batching, record_at=steps, record_fn=_x)
+    _draw_field(left, grid_GxGx2, f_GxGx2, f"{name}: −f, and ‖f‖")
+    middle.contourf(line, line, energy_GxG, levels=40, cmap="viridis")
+    middle.set_title(f"{name}: {title}")
+    right.plot(*points_N.reshape(-1, 2)[:1500].T, ".", color="tab:orange", markersize=1.5)
+    ways_RxBx2 = np.asarray(walked.record).reshape(len(steps), PATHS, 2)
+    right.plot(ways_RxBx2[..., 0], ways_RxBx2[..., 1], color="tab:blue", linewidth=0.5, alpha=0.6)
+    right.plot(*ways_RxBx2[-1].T, "k.", markersize=4)
+    right.set_title(f"{name}: descents, from noise to the dots")
+    for panel in (left, middle, right):
+      panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), aspect="equal", xticks=[], yticks=[])
+  figure.savefig(os.path.join(directory, "plane.png"), dpi=90)
+
+
+def scatter(points_N: np.ndarray, real_N: np.ndarray) -> Image.Image:
+  """Points [N, 1, 1, 2] over the real ones."""
+  figure = matplotlib.figure.Figure(figsize=(4, 4), layout="constrained")
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  panel = figure.subplots()
+  panel.plot(*real_N.reshape(-1, 2)[:3000].T, ".", color="tab:orange", markersize=2)
+  panel.plot(*points_N.reshape(-1, 2).T, "k.", markersize=2)
+  panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), aspect="equal", xticks=[], yticks=[])
+  return pictures.rendered(figure)
+
+
+def distances(points_N: np.ndarray, real_N: np.ndarray) -> dict[str, float]:
+  """How far samples are from the data, and the data from the samples: means to the nearest."""
+
+  def mean_nearest(a, b):
+    tree = sklearn.neighbors.NearestNeighbors(n_neighbors=1).fit(b.reshape(len(b), -1))
+    return float(tree.kneighbors(a.reshape(len(a), -1))[0].mean())
+
+  return {"to_data": mean_nearest(points_N, real_N), "from_data": mean_nearest(real_N, points_N)}
+
+
+def potential(f_GxGx2: np.ndarray, spacing: float) -> np.ndarray:
+  """The energy on a grid whose differences are nearest to a field's, by least squares; its lowest value is 0.
+
+  Args:
+    f_GxGx2: the field (x and y component) at rows y and columns x of a square grid.
+    spacing: between neighbours.
+  """
+  G = len(f_GxGx2)
+  difference = scipy.sparse.diags([-1, 1], [0, 1], shape=(G - 1, G)) / spacing
+  along_x, along_y = (
+    scipy.sparse.kron(scipy.sparse.eye(G), difference),
+    scipy.sparse.kron(difference, scipy.sparse.eye(G)),
+  )
+  slopes_x = (f_GxGx2[:, 1:, 0] + f_GxGx2[:, :-1, 0]) / 2
+  slopes_y = (f_GxGx2[1:, :, 1] + f_GxGx2[:-1, :, 1]) / 2
+  slopes = np.concatenate([slopes_x.ravel(), slopes_y.ravel()])
+  values = scipy.sparse.linalg.lsqr(scipy.sparse.vstack([along_x, along_y]).tocsr(), slopes)[0]
+  return (values - values.min()).reshape(G, G)
+
+
+def _on_grid(field_fn, grid_GxGx2: np.ndarray) -> np.ndarray:
+  x = jnp.asarray(grid_GxGx2.reshape(-1, *SHAPE))
+  if isinstance(field_fn, oracle.OracleField):  # takes memory for points times data: in parts
+    f = jax.lax.map(field_fn, x.reshape(CELLS, CELLS, *SHAPE))
+  else:
+    f = jax.jit(lambda field_fn, x: field_fn(x))(field_fn, x)
+  return np.asarray(f).reshape(CELLS, CELLS, 2)
+
+
+def _draw_field(panel: matplotlib.axes.Axes, grid_GxGx2: np.ndarray, f_GxGx2: np.ndarray, title: str):
+  norm_GxG = np.linalg.norm(f_GxGx2, axis=-1)
+  extent = (-REACH, REACH, -REACH, REACH)
+  panel.imshow(norm_GxG, origin="lower", extent=extent, cmap="magma")
+  some = (slice(None, None, 3),) * 2
+  direction = -f_GxGx2[some] / (norm_GxG[some][..., None] + 1e-6)
+  panel.quiver(*np.moveaxis(grid_GxGx2[some], -1, 0), *np.moveaxis(direction, -1, 0), color="white", scale=35)
+  panel.set_title(title)
+
+
+def _x(x: jax.Array, norm_B: jax.Array) -> jax.Array:
+  return x

@@ -1,0 +1,113 @@
+"""What every claim is measured with: models, data, sampling, scores, and the spread over seeds."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from eqm_jax.data import sources
+from eqm_jax.evaluation import agreement, distances, samplers
+from eqm_jax.report.runs import Runs, Trained
+from eqm_jax.training import state
+
+HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
+LAMBDA = 4.0  # of the step sizes below; a field with another λ gets η·4/λ, the same way
+
+
+class Lab:
+  """The report's instruments.
+
+  Samples are drawn once: asking again for the same ones gives those from memory.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
+    self.options, self.directory = config.report, os.path.join(workdir, "figures")
+    os.makedirs(self.directory, exist_ok=True)
+    self.seeds = range(config.report.seeds)
+    self.models = Runs(config, workdir)
+    self._mesh, self._row = mesh, next(iter(config.samplers.values()))
+    self.train = sources.open_source(config.data.source, {**config.data.options})
+    self.held_out = sources.open_source(config.data.source, {**config.data.options, "part": "test"})
+    self.real = self.train.images
+    self.classifier = agreement.Classifier(self.real, self.train.labels)
+    self.label_N = samplers.balanced_labels(config.report.samples, self.train.num_classes)
+    self._drawn: dict[Any, samplers.Drawn] = {}
+
+  def row(self, trained: Trained, **changes: Any) -> ml_collections.ConfigDict:
+    """A row of the samplers: by default a full descent in lockstep, or for flow matching Euler."""
+    row = self._row.copy_and_resolve_references()
+    row.update(
+      rule="euler" if trained.config.objective.kind == "flow_matching" else "gd",
+      step_size=self.options.step_size * LAMBDA / self.multiplier(trained),
+      momentum=0.0,
+      max_evaluations=self.options.evaluations,
+      threshold=0.0,
+      streaming=False,
+    )
+    row.update(changes)
+    return row
+
+  def multiplier(self, trained: Trained) -> float:
+    """λ of a model."""
+    flow_matching = trained.config.objective.kind == "flow_matching"
+    return 1.0 if flow_matching else trained.config.objective.schedule.multiplier
+
+  def batching(self, trained: Trained) -> samplers.Batching:
+    """How samples of a model are drawn: with keys of its own seed."""
+    key = state.stream_key(trained.seed, "samples")
+    return samplers.Batching(self._mesh, self.options.batch_size, key, self.multiplier(trained))
+
+  def sample(self, name: str, seed: int, again: bool = False, **changes: Any) -> samplers.Drawn:
+    """Samples of one model, one for each of `label_N`; `again` draws them even if they are known."""
+    key = (name, seed, *sorted(changes.items()))
+    if again or key not in self._drawn:
+      trained = self.models(name, seed)
+      row = self.row(trained, **changes)
+      self._drawn[key] = samplers.draw(name, row, trained.model, trained.params, self.label_N, self.batching(trained))
+    return self._drawn[key]
+
+  def scores(self, name: str, seed: int, **changes: Any) -> dict[str, float]:
+    """Fréchet distance to the training images, and label agreement."""
+    x = self.sample(name, seed, **changes).result.x
+    return {"frechet": self.frechet(x), "agreement": self.agreement(x, self.label_N)}
+
+  def over_seeds(self, name: str, **changes: Any) -> dict[str, list[float]]:
+    """The scores of every seed."""
+    found = [self.scores(name, seed, **changes) for seed in self.seeds]
+    return {score: [one[score] for one in found] for score in found[0]}
+
+  def frechet(self, images: np.ndarray) -> float:
+    """To the training images, in pixels; infinite if an image is not finite."""
+    images = np.clip(images, -1, 1).reshape(len(images), -1)
+    if not np.all(np.isfinite(images)):
+      return float("inf")
+    return distances.frechet_distance(images, self.real.reshape(len(self.real), -1))
+
+  def agreement(self, images: np.ndarray, labels: np.ndarray) -> float:
+    """How often the classifier sees the class that was asked for."""
+    return self.classifier.agreement(np.nan_to_num(np.clip(images, -1, 1)), labels)
+
+
+def ahead(ours: Sequence[float], theirs: Sequence[float]) -> str:
+  """Whether `ours` are lower than `theirs`: by more than the spread of both, within it, or not."""
+  gap = np.mean(theirs) - np.mean(ours)
+  spread = np.hypot(np.std(ours), np.std(theirs))
+  return FAILS if gap <= 0 else HOLDS if gap > spread else PARTLY
+
+
+def worst(verdicts: Sequence[str]) -> str:
+  """What holds of a claim with several parts."""
+  if len(set(verdicts)) == 1:
+    return verdicts[0]
+  return PARTLY
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+  """Mean ± standard deviation over seeds."""
+  return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+Claim = Callable[[Lab], dict[str, Any]]
