@@ -99,12 +99,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     label_agreement=True,  # fit a classifier to the real images and ask it about the samples
-    pictured="none"
-    if flow_matching or variant == "samplers"
-    else "adaptive",  # the sampler whose descent is drawn, or "none"
-    timed=("fixed", "lockstep", "streaming")
-    if variant == "samplers"
-    else (),  # samplers whose speed is compared: drawn again in turn, the median time is reported
+    # The sampler whose descent is drawn, or "none".
+    pictured="none" if flow_matching or variant == "samplers" else "adaptive",
+    # Samplers whose speed is compared: drawn again in turn, the median time is reported.
+    timed=("fixed", "lockstep", "streaming") if variant == "samplers" else (),
     repeats=3,  # how often
   )
   config.sample = config_dict.create(  # of --mode=sample

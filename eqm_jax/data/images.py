@@ -1,6 +1,7 @@
 """Images that a user brings: a folder of them, or an .npz."""
 
 import os
+import zipfile
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -81,7 +82,7 @@ def _read_npz(path: str, shape, count: int, in_pixels: bool) -> tuple[np.ndarray
   try:
     with np.load(path) as arrays:
       found = {name: arrays[name][:count] for name in ("image", "x", "arr_0", "label", "arr_1") if name in arrays}
-  except (ValueError, OSError, EOFError) as error:
+  except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
     raise ValueError(f"{path}: not a whole .npz ({error})") from error
   name = next((name for name in ("image", "x", "arr_0") if name in found), None)
   if name is None:

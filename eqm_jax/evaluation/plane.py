@@ -36,8 +36,9 @@ def draw(
 ):
   """Writes plane.png: for the network (above) and the oracle (below) the field, its energy, and descents.
 
-  The field is that without a class, c(γ) of the oracle that of `schedule`. Where a model
-  gives no energy, the one is drawn whose gradient is nearest to the field.
+  The field and the energy are those without a class; the network's descents take the
+  classes in turn. c(γ) of the oracle is that of `schedule`. Where a model gives no energy,
+  the one is drawn whose gradient is nearest to the field.
 
   Args:
     row: a row of the samplers that descends, for the network; the oracle takes its
@@ -49,7 +50,8 @@ def draw(
   fields = {"network": field.bound(network, nulls), "oracle": oracle.oracle_field(points_N[:ORACLE_POINTS], schedule)}
   key, index = batching.key, np.arange(PATHS)
   noise = sampler.start_noise(key, index, SHAPE)
-  walkers = {"network": field.bound(network, nulls[:PATHS]), "oracle": fields["oracle"]}
+  label_B = samplers.balanced_labels(PATHS, model.num_classes)
+  walkers = {"network": field.bound(network, label_B), "oracle": fields["oracle"]}
 
   figure = matplotlib.figure.Figure(figsize=(12, 8.2), layout="constrained")
   matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
@@ -67,7 +69,8 @@ def draw(
     steps = np.unique(np.linspace(0, row.max_evaluations, FRAMES).round().astype(int))
     walked = samplers.descend_row(row, walkers[name], noise, batching, record_at=steps, record_fn=_x)
     _draw_field(left, grid_GxGx2, f_GxGx2, f"{name}: −f, and ‖f‖")
-    middle.contourf(line, line, energy_GxG, levels=40, cmap="viridis")
+    # Equally many cells between two levels: the valleys are flat beside the walls.
+    middle.contourf(line, line, energy_GxG, levels=np.unique(np.quantile(energy_GxG, np.linspace(0, 1, 40))))
     middle.set_title(f"{name}: {title}")
     right.plot(*points_N.reshape(-1, 2)[:1500].T, ".", color="tab:orange", markersize=1.5)
     ways_RxBx2 = np.asarray(walked.record).reshape(len(steps), PATHS, 2)
@@ -79,12 +82,13 @@ def draw(
   figure.savefig(os.path.join(directory, "plane.png"), dpi=90)
 
 
-def scatter(points_N: np.ndarray, real_N: np.ndarray) -> Image.Image:
-  """Points [N, 1, 1, 2] over the real ones."""
+def scatter(points_N: np.ndarray, real_N: np.ndarray | None = None) -> Image.Image:
+  """Points [N, 1, 1, 2], over the real ones if they are given."""
   figure = matplotlib.figure.Figure(figsize=(4, 4), layout="constrained")
   matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
   panel = figure.subplots()
-  panel.plot(*real_N.reshape(-1, 2)[:3000].T, ".", color="tab:orange", markersize=2)
+  if real_N is not None:
+    panel.plot(*real_N.reshape(-1, 2)[:3000].T, ".", color="tab:orange", markersize=2)
   panel.plot(*points_N.reshape(-1, 2).T, "k.", markersize=2)
   panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), aspect="equal", xticks=[], yticks=[])
   return pictures.rendered(figure)
@@ -108,7 +112,7 @@ def potential(f_GxGx2: np.ndarray, spacing: float) -> np.ndarray:
     spacing: between neighbours.
   """
   G = len(f_GxGx2)
-  difference = scipy.sparse.diags([-1, 1], [0, 1], shape=(G - 1, G)) / spacing
+  difference = scipy.sparse.diags_array([-1.0, 1.0], offsets=[0, 1], shape=(G - 1, G)) / spacing
   along_x, along_y = (
     scipy.sparse.kron(scipy.sparse.eye(G), difference),
     scipy.sparse.kron(difference, scipy.sparse.eye(G)),

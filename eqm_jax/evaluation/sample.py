@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 
 from eqm_jax.equilibrium.field import checked_labels
-from eqm_jax.evaluation import paths, pictures, samplers
+from eqm_jax.evaluation import paths, pictures, plane, samplers
 from eqm_jax.networks.dit import DiT
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,10 @@ def sample(
   drawn = samplers.draw(options.sampler, row, model, params, label_N, batching)
   rate, evaluations = len(label_N) / drawn.seconds, drawn.result.evaluations_B
   log.info("%d images, %.1f images/s, %.1f evaluations an image", len(label_N), rate, evaluations.mean())
-  pictures.grid(drawn.result.x[:100], 10).save(os.path.join(directory, "samples.png"))
+  if model.input_shape == plane.SHAPE:
+    plane.scatter(drawn.result.x).save(os.path.join(directory, "samples.png"))
+  else:
+    pictures.grid(drawn.result.x[:100], 10).save(os.path.join(directory, "samples.png"))
   if options.images:
     os.makedirs(os.path.join(directory, "images"), exist_ok=True)
     for i, (image, label) in enumerate(zip(drawn.result.x, label_N)):
@@ -54,7 +57,7 @@ def sample(
       status=result.status_B,
       restarts=result.restarts_B,
     )
-  if samplers.is_descent(row):
+  if samplers.is_descent(row) and model.input_shape != plane.SHAPE:
     paths.draw(row, model, params, label_N[:10], batching, directory)
   return drawn
 

@@ -93,6 +93,8 @@ class Lab:
 
 def ahead(ours: Sequence[float], theirs: Sequence[float]) -> str:
   """Whether `ours` are lower than `theirs`: by more than the spread of both, within it, or not."""
+  if not np.all(np.isfinite([*ours, *theirs])):  # a distance of samples that ran away
+    return HOLDS if np.all(np.isfinite(ours)) else FAILS
   gap = np.mean(theirs) - np.mean(ours)
   spread = np.hypot(np.std(ours), np.std(theirs))
   return FAILS if gap <= 0 else HOLDS if gap > spread else PARTLY

@@ -1,0 +1,113 @@
+"""The report: its verdicts, its page, and that it goes on where it was."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from conftest import load_config
+
+from eqm_jax import programs
+from eqm_jax.report import lab, page, report, runs
+
+CLAIM = {
+  "title": "A < B", "paper": "p", "criterion": "c", "verdict": "holds", "columns": ["a"], "rows": [["1 & 2"]],
+  "figures": {"a.png": "caption"}, "notes": ["note"], "numbers": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "ours, theirs, verdict",
+  [
+    ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "holds"),
+    ([1.0, 2.0, 0.5], [1.2, 2.2, 0.6], "holds in part"),
+    ([2.0, 2.1], [1.0, 1.1], "does not hold"),
+    ([1.0], [1.0], "does not hold"),
+    ([1.0], [np.inf], "holds"),
+  ],
+)
+def test_verdicts_weigh_the_gap_against_the_spread(ours, theirs, verdict):
+  assert lab.ahead(ours, theirs) == verdict
+
+
+def test_a_claim_of_several_parts_holds_if_all_do():
+  assert lab.worst(["holds", "holds"]) == "holds"
+  assert lab.worst(["holds", "does not hold"]) == lab.worst(["holds in part"] * 2) == "holds in part"
+  assert lab.worst(["does not hold"] * 2) == "does not hold"
+
+
+def test_the_page_shows_every_part_escaped():
+  text = page.page({"first": CLAIM}, {"made by": "python <x>"})
+  for part in ("A &lt; B", "1 &amp; 2", 'src="figures/a.png"', "caption", "note", "python &lt;x&gt;", 'href="#first"'):
+    assert part in text
+  assert "A < B" not in text
+
+
+def small_config():
+  config = load_config("report", "quick")
+  config.model.update(width=16)
+  config.train.steps = 4
+  config.checkpoint.every = 2
+  config.report.update(samples=20, batch_size=20, evaluations=8, held_out=10)
+  return config
+
+
+def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
+  """A claim that fails costs that claim alone: models and finished claims are kept, and not made again."""
+  asked = []
+
+  def measured(name, fails=False):
+    def claim(instruments):
+      asked.append(name)
+      if fails and len(asked) < 3:
+        raise OSError("the disk is full")
+      return {**CLAIM, "numbers": instruments.over_seeds("eqm", max_evaluations=4)}
+
+    return claim
+
+  monkeypatch.setattr(runs, "CHANGES", {"eqm": {}})
+  monkeypatch.setattr(report, "CLAIMS", {"first": (measured("first"), 1), "second": (measured("second", True), 1)})
+  caplog.set_level(logging.INFO, "eqm_jax")
+  with pytest.raises(OSError, match="disk is full"):
+    programs.run("report", small_config(), str(tmp_path), None)
+  assert "A &lt; B" in (tmp_path / "index.html").read_text()
+  programs.run("report", small_config(), str(tmp_path), None)
+  assert asked == ["first", "second", "second"]
+  found = json.loads((tmp_path / "report.json").read_text())["claims"]
+  assert list(found) == ["first", "second"] and found["second"]["numbers"]["frechet"][0] > 0
+  lines = [record.getMessage() for record in caplog.records if "to do" in record.getMessage()]
+  assert lines == ["to do: 1 models, 2 claims", "to do: 0 models, 1 claims"]
+  assert any("left" in record.getMessage() for record in caplog.records)
+  other = small_config()
+  other.train.steps = 5
+  with pytest.raises(ValueError, match="another config: train.steps: 4 there, 5 given"):
+    programs.run("report", other, str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+  "key, value, message",
+  [
+    ("report.seeds", 0, "report.seeds = 0"),
+    ("report.samples", 0, "report.samples = 0"),
+    ("data.options.part", "all", "part = 'train'"),
+  ],
+)
+def test_bad_input_is_refused(tmp_path, key, value, message):
+  config = small_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message):
+    programs.run("report", config, str(tmp_path), None)
+  with pytest.raises(ValueError, match="trains its own models"):
+    programs.run("report", config, str(tmp_path), "x.pt")
+
+
+def test_models_differ_in_what_they_are_compared_by_alone():
+  """Same network, data, steps and seed for all: the changes touch the objective and what it needs."""
+  config = load_config("report")
+  made = runs.Runs(config, "/nowhere")
+  for name in runs.CHANGES:
+    one = made.config_of(name, 1)
+    assert one.seed == 1 and one.data == config.data and one.optimizer == config.optimizer
+    assert one.train.steps == config.train.steps
+    same = {**one.model.to_dict(), "time_input": False, "energy": "none"}
+    assert same == config.model.to_dict()

@@ -1,0 +1,197 @@
+"""The modes that use a landscape: what they write, and what they refuse."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import load_config
+from PIL import Image
+
+import eqm_jax
+from eqm_jax import programs
+from eqm_jax.data import sources
+from eqm_jax.tasks import outliers
+
+
+def small_config(energy: str = "none"):
+  config = load_config("digits", "smoke")
+  config.model.update(width=16, depth=1, num_heads=2, energy=energy)
+  config.train.update(steps=40, batch_size=32)
+  config.checkpoint.every = 40
+  config.evaluation.samples = 0
+  config.tasks.update(count=12, batch_size=8, labels="own")
+  config.tasks.inpaint.update(settle=3, tries=2)
+  return config
+
+
+@pytest.fixture(scope="module", params=["none", "dot"])
+def run(request, tmp_path_factory):
+  """(workdir, config) of a trained network, one implicit and one an energy."""
+  workdir, config = tmp_path_factory.mktemp(request.param), small_config(request.param)
+  programs.run("train", config, str(workdir), None)
+  return workdir, config
+
+
+@pytest.fixture
+def config(run):
+  return run[1].copy_and_resolve_references()
+
+
+def written(workdir: pathlib.Path, mode: str) -> dict:
+  assert Image.open(workdir / mode / f"{mode}.png").size[0] > 100
+  return json.loads((workdir / mode / f"{mode}.json").read_text())
+
+
+def test_denoise(run, config):
+  config.tasks.denoise.gammas = (0.2, 0.9)
+  programs.run("denoise", config, str(run[0]), None)
+  rows = written(run[0], "denoise")["rows"]
+  assert list(rows) == ["0.2", "0.9"] and rows["0.2"]["mean_square_before"] > rows["0.9"]["mean_square_before"]
+  # Of what was given at γ, the noise is (1−γ)²·(1 + the mean square of the images).
+  image = sources.digits().images[:12]
+  np.testing.assert_allclose(rows["0.2"]["mean_square_before"], 0.64 * (1 + np.mean(image**2)), rtol=0.1)
+  assert np.load(run[0] / "denoise" / "denoised.npz")["gamma_0.9"].shape == (12, 8, 8, 1)
+
+
+def test_denoise_what_is_noisy_already(run, config, tmp_path):
+  """A folder of images, nobody knows how noisy: each of them ends where `descend` alone takes it."""
+  for i in range(3):
+    Image.effect_noise((8, 8), 80).save(tmp_path / f"{i}.png")
+  config.tasks.update(images=str(tmp_path), labels="none")
+  config.tasks.denoise.gammas = ()
+  programs.run("denoise", config, str(run[0]), None)
+  assert set(written(run[0], "denoise")["rows"]["unknown"]) == {"evaluations", "norm"}
+  found = np.load(run[0] / "denoise" / "denoised.npz")["gamma_unknown"]
+  pretrained = eqm_jax.load(run[0])
+  make = eqm_jax.implicit_field if config.model.energy == "none" else eqm_jax.energy_field
+  start = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")) for i in range(3)])[..., None] / 127.5 - 1
+  row = config.samplers.adaptive
+  expected = eqm_jax.descend(
+    make(pretrained.model, pretrained.params, np.full(3, 10)), start.astype(np.float32), step_size=row.step_size,
+    rule=row.rule, max_evaluations=row.max_evaluations, threshold=row.threshold,
+  )  # fmt: skip
+  np.testing.assert_allclose(found, expected.x, atol=1e-4)
+
+
+def test_ood(run, config, tmp_path):
+  np.savez(tmp_path / "white.npz", x=np.full((5, 8, 8, 1), 255, np.uint8))
+  config.tasks.images = str(tmp_path / "white.npz")
+  config.tasks.labels = "none"
+  config.tasks.count = 200
+  config.tasks.ood.scores = ("norm", "mahalanobis") + (("energy",) if config.model.energy == "dot" else ())
+  programs.run("ood", config, str(run[0]), None)
+  found = written(run[0], "ood")["auroc"]
+  kinds = {*outliers.MAKERS, "images", "mean"}
+  assert all(set(by_kind) == kinds for by_kind in found.values()) and set(found) == set(config.tasks.ood.scores)
+  assert found["mahalanobis"]["uniform"] > 0.95 and found["mahalanobis"]["images"] > 0.95
+  scores = np.load(run[0] / "ood" / "scores.npz")
+  assert scores["norm_data"].shape == (200,) and scores["norm_images"].shape == (5,)
+  pretrained = eqm_jax.load(run[0])
+  field_fn = eqm_jax.conditional_field(pretrained.model, pretrained.params)
+  x = sources.digits().images[:3]
+  expected = np.linalg.norm(jax.jit(field_fn.__call__)(x, np.full(3, 10)).reshape(3, -1), axis=1)
+  np.testing.assert_allclose(scores["norm_data"][:3], expected, rtol=1e-4)
+  if config.model.energy == "dot":
+    energy_fn = eqm_jax.energy(pretrained.model, pretrained.params, np.full(3, 10))
+    np.testing.assert_allclose(scores["energy_data"][:3], energy_fn(x), rtol=1e-3, atol=1e-3)
+
+
+def test_compose_labels_and_models(run, config, tmp_path):
+  """Two labels of one model in one sum are what guidance with two conditions gives."""
+  config.tasks.compose.update(labels=(3, 8), weights=(1.5, -0.7), checkpoints=("", str(run[0])))
+  programs.run("compose", config, str(run[0]), None)
+  found = written(run[0], "compose")
+  assert [term["weight"] for term in found["terms"]] == [1.5, -0.7] and abs(sum(found["seen_as"].values()) - 1) < 1e-6
+  x = np.load(run[0] / "compose" / "compose.npz")["x"]
+  pretrained, row = eqm_jax.load(run[0]), config.samplers.adaptive
+  field_fn = eqm_jax.conditional_field(pretrained.model, pretrained.params, guidance=np.array([1.5, -0.7], np.float32))
+  from eqm_jax.equilibrium.field import bound
+  from eqm_jax.training.state import stream_key
+
+  noise = eqm_jax.start_noise(stream_key(config.tasks.seed, "samples"), np.arange(12), (8, 8, 1))
+  expected = eqm_jax.descend(
+    bound(field_fn, np.tile([3, 8], (12, 1))), noise, step_size=row.step_size, rule=row.rule,
+    max_evaluations=row.max_evaluations, threshold=row.threshold,
+  )  # fmt: skip
+  np.testing.assert_allclose(x, expected.x, atol=1e-3)
+
+
+def test_inpaint(run, config, tmp_path):
+  mask = np.zeros((8, 8))
+  mask[2:5, 2:] = 1
+  np.save(tmp_path / "mask.npy", mask)
+  for name in ("bottom", str(tmp_path / "mask.npy")):
+    config.tasks.inpaint.mask = name
+    programs.run("inpaint", config, str(run[0]), None)
+    found = written(run[0], "inpaint")
+    arrays = np.load(run[0] / "inpaint" / "inpainted.npz")
+    kept = np.broadcast_to(arrays["mask"] == 0, arrays["x"].shape)
+    assert found["painted_share"] == pytest.approx(1 - kept.mean())
+    np.testing.assert_array_equal(arrays["x"][kept], sources.digits().images[:12][kept])
+    assert not np.allclose(arrays["x"][~kept], sources.digits().images[:12][~kept], atol=0.1)
+
+
+BAD = {
+  "denoise": [({"denoise.gammas": (0.5, 1.5)}, "gamma = 1.5"), ({"sampler": "none"}, "tasks.sampler = 'none'")],
+  "ood": [
+    ({"ood.scores": ("likelihood",)}, "'likelihood' is not known: choose from norm, energy, mahalanobis"),
+    ({"ood.against": ("cats",)}, "'cats' is not known: choose from uniform"),
+    ({"ood.against": ()}, "name at least one"),
+    ({"count": 0}, "tasks.count = 0"),
+  ],
+  "compose": [
+    ({"compose.weights": (1.0,)}, "'weights': 1"),
+    ({"compose.weights": (1.0, float("inf"))}, "not all finite"),
+    ({"compose.labels": (3, 12)}, "3..12"),
+    ({"compose.checkpoints": ("", "/nowhere")}, "/nowhere: no such model"),
+  ],
+  "inpaint": [
+    ({"inpaint.mask": "middle"}, "'middle' is not known: give left, right"),
+    ({"inpaint.mask": "/nowhere.npy"}, "/nowhere.npy: not a whole .npy"),
+    ({"inpaint.gamma": -1.0}, "gamma = -1"),
+    ({"images": "/nowhere"}, "/nowhere: no such folder"),
+    ({"labels": "cat"}, "tasks.labels = 'cat'"),
+    ({"sampler": "best"}, "tasks.sampler = 'best' is not one of the samplers"),
+  ],
+}
+
+
+@pytest.mark.parametrize("run", ["none"], indirect=True)
+@pytest.mark.parametrize("mode, changes, message", [(mode, *case) for mode, cases in BAD.items() for case in cases])
+def test_bad_input_is_refused(run, mode, changes, message):
+  config = run[1].copy_and_resolve_references()
+  config.tasks.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    programs.run(mode, config, str(run[0]), None)
+
+
+@pytest.mark.parametrize("run", ["none"], indirect=True)
+def test_an_energy_of_an_implicit_model_is_refused(run):
+  config = run[1].copy_and_resolve_references()
+  config.tasks.ood.scores = ("energy",)
+  with pytest.raises(ValueError, match="implicit.*‖f‖"):
+    programs.run("ood", config, str(run[0]), None)
+
+
+@pytest.mark.parametrize("run", ["none"], indirect=True)
+@pytest.mark.parametrize("shape, message", [((7, 8), r"\(7, 8\), but the images are \(8, 8\)")])
+def test_masks_of_another_shape_are_refused(run, tmp_path, shape, message):
+  np.save(tmp_path / "mask.npy", np.zeros(shape))
+  config = run[1].copy_and_resolve_references()
+  config.tasks.inpaint.mask = str(tmp_path / "mask.npy")
+  with pytest.raises(ValueError, match=message):
+    programs.run("inpaint", config, str(run[0]), None)
+
+
+@pytest.mark.parametrize("name", outliers.MAKERS)
+def test_outliers_are_none_of_the_images_but_of_their_range(name):
+  images = sources.digits().images[:50]
+  made = outliers.make(name, images, seed=0)
+  assert made.shape == images.shape and made.dtype == np.float32 and not np.array_equal(made, images)
+  np.testing.assert_array_equal(made, outliers.make(name, images, seed=0))
+  if name != "gaussian":
+    assert made.min() >= -1 and made.max() <= 1
+  if name in ("shuffled", "rotated"):
+    np.testing.assert_array_equal(np.sort(made.reshape(50, -1)), np.sort(images.reshape(50, -1)))
