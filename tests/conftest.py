@@ -44,7 +44,7 @@ def reference(request) -> Reference:
 def tiny_config() -> ml_collections.ConfigDict:
   """The digits, with a network and a run of the smallest useful size."""
   config = load_config("digits", "smoke")
-  config.model.update(width=16, depth=2, num_heads=2, unroll=2)
+  config.model.update(patch_size=2, width=16, depth=2, num_heads=2, unroll=2)
   config.train.update(steps=12, batch_size=8, log_every=4)
   config.checkpoint.every = 4
   config.optimizer.warmup_steps = 2

@@ -15,6 +15,7 @@ from conftest import ROOT, load_config
 from eqm_jax import programs
 from eqm_jax.evaluation import samplers
 from eqm_jax.networks import dit
+from eqm_jax.report import report, runs
 from eqm_jax.training import sharding
 
 
@@ -43,6 +44,8 @@ def small_digits(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.optimizer.warmup_steps = 1
   config.evaluation.update(samples=10, batch_size=10)
   config.sample.update(count=10, batch_size=10)
+  config.tasks.update(count=10, batch_size=10)
+  config.tasks.inpaint.update(settle=2, tries=1)
   return config
 
 
@@ -101,12 +104,15 @@ def dead_keys(config: ml_collections.ConfigDict) -> Iterator[list[str]]:
   dead += [name for name, key in keys.items() if key not in reads]
 
 
-@pytest.mark.parametrize("small", [small_digits, small_imagenet])
-def test_every_key_is_read_by_a_run(small, tmp_path):
+TASKS = ("denoise", "ood", "compose", "inpaint")
+
+
+@pytest.mark.parametrize("small, modes", [(small_digits, TASKS), (small_imagenet, ())], ids=["digits", "imagenet256"])
+def test_every_key_is_read_by_a_run(small, modes, tmp_path):
   config = small(tmp_path)
   with dead_keys(config) as dead:
-    programs.run("train", config, str(tmp_path / "run"), None)
-    programs.run("sample", config, str(tmp_path / "run"), None)
+    for mode in ("train", "sample", *modes):
+      programs.run(mode, config, str(tmp_path / "run"), None)
     # A row reads the keys of its own kind: one that integrates with step control besides those that descend.
     model = dit.DiT(**config.model)
     batching = samplers.Batching(sharding.make_mesh(**config.mesh), 8, jax.random.key(0), 4.0)
@@ -114,10 +120,32 @@ def test_every_key_is_read_by_a_run(small, tmp_path):
       other = row.copy_and_resolve_references()
       other.update(rule="heun", tolerance=1e-3)
       samplers.check("other", other, model, batching)
+  dead = [key for key in dead if modes or not key.startswith("tasks.")]
   assert not dead, f"keys that nothing reads: {dead}"
   report = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
   assert set(report["rows"]) == set(config.samplers)
   assert all(np.isfinite(row["frechet"]) for row in report["rows"].values())
+
+
+def test_every_key_of_the_report_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(runs, "CHANGES", {name: runs.CHANGES[name] for name in ("eqm", "flow_matching")})
+  monkeypatch.setattr(report, "CLAIMS", {name: report.CLAIMS[name] for name in ("adaptive", "denoising")})
+  config = load_config("report", "quick")
+  config.model.width = 16
+  config.train.steps = 2
+  config.optimizer.warmup_steps = 1
+  config.report.update(samples=20, batch_size=20, held_out=20, evaluations=4)
+  with dead_keys(config) as dead:
+    programs.run("report", config, str(tmp_path), None)
+  assert not [key for key in dead if key.startswith("report.")]
+
+
+@pytest.mark.parametrize("name, variant", [("imagenet256", "XL/2"), ("toy2d", "two_moons")])
+def test_configs_have_the_keys_of_the_digits(name, variant):
+  """So what is read of one is read of all; rows of samplers and arguments of the source are each config's own."""
+  own = ("data.options.", "samplers.")
+  ours, theirs = (set(leaves(load_config(*which))) for which in ((name, variant), ("digits", "")))
+  assert {key for key in ours ^ theirs if not key.startswith(own)} == set()
 
 
 def test_a_key_that_nothing_reads_is_found():
@@ -138,7 +166,17 @@ def test_imagenet_variants_are_the_published_sizes(size, patch):
   assert model.input_shape == (32, 32, 4)
 
 
-@pytest.mark.parametrize("name, variant", [("digits", "big"), ("imagenet256", "H/14"), ("imagenet256", "XL")])
+@pytest.mark.parametrize(
+  "name, variant",
+  [
+    ("digits", "big"),
+    ("imagenet256", "H/14"),
+    ("imagenet256", "XL"),
+    ("toy2d", "three_moons"),
+    ("toy2d", "two_moons-big"),
+    ("report", "long"),
+  ],
+)
 def test_unknown_variants_are_refused(name, variant):
   with pytest.raises(ValueError, match=re.escape(repr(variant))):
     load_config(name, variant)

@@ -30,6 +30,11 @@ class Batching:
   key: jax.Array  # sample i's random numbers depend on (key, i) alone
   multiplier: float  # λ of the field
 
+  @property
+  def ways(self) -> int:
+    """Over how many devices a batch is split."""
+    return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
   def place(self, tree: Any) -> Any:
     """Arrays [B, ...] on the mesh, split over their first axis."""
     return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(("data", "fsdp"))))
@@ -67,7 +72,7 @@ def check(name: str, row: ml_collections.ConfigDict, model: DiT, batching: Batch
       f"samplers.{name}.rule = {row.rule!r} descends a field without time, but this model is told the time: "
       f"choose one of {', '.join(integrators.SOLVERS)}, or set evaluation.samples = 0"
     )
-  ways = batching.mesh.size if row.streaming else batching.mesh.shape["data"] * batching.mesh.shape["fsdp"]
+  ways = batching.mesh.size if row.streaming else batching.ways
   if batching.batch_size < 1 or batching.batch_size % ways:
     raise ValueError(
       f"batch_size = {batching.batch_size} does not divide over {ways} devices: use a multiple of {ways}"
@@ -144,7 +149,7 @@ def in_batches(name: str, function: Callable, count: int, batching: Batching) ->
   Returns:
     The tree, as numpy arrays [count, ...].
   """
-  size, parts = batching.batch_size, []
+  size, parts = min(batching.batch_size, count + -count % batching.ways), []
   with tqdm.tqdm(total=count, desc=name, unit="image", disable=None) as bar:
     for first in range(0, count, size):
       index = np.arange(first, min(first + size, count))

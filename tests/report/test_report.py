@@ -47,6 +47,7 @@ def small_config():
   config = load_config("report", "quick")
   config.model.update(width=16)
   config.train.steps = 4
+  config.optimizer.warmup_steps = 1
   config.checkpoint.every = 2
   config.report.update(samples=20, batch_size=20, evaluations=8, held_out=10)
   return config

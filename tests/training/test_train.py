@@ -243,7 +243,7 @@ def test_a_workdir_of_another_run_is_refused_and_untouched(uninterrupted):
   config = long_config()
   config.optimizer.learning_rate = 0.5
   before = final_state(uninterrupted)
-  with pytest.raises(ValueError, match="optimizer.learning_rate: 0.001 there, 0.5 given"):
+  with pytest.raises(ValueError, match="optimizer.learning_rate: 0.002 there, 0.5 given"):
     train.train(config, str(uninterrupted))
   assert final_state(uninterrupted) == before
 

@@ -1,0 +1,114 @@
+"""Training explicit energies, warm starts, and samples at γ = 1."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import load_config
+
+from eqm_jax.data import sources
+from eqm_jax.equilibrium import objective
+from eqm_jax.networks.dit import DiT
+from eqm_jax.training import pretrained, train
+
+
+def small_config(energy: str = "none", **changes):
+  config = load_config("digits", "smoke")
+  config.model.update(width=16, depth=1, num_heads=2, energy=energy)
+  config.train.update(steps=60, batch_size=32, log_every=20)
+  config.checkpoint.every = 60
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def implicit(tmp_path_factory):
+  workdir = str(tmp_path_factory.mktemp("implicit"))
+  train.train(small_config(), workdir)
+  return workdir
+
+
+def loss_of(config, params) -> float:
+  """The loss on all the digits, always with the same noise."""
+  digits = sources.digits()
+  batch = {"image": jnp.asarray(digits.images), "label": jnp.asarray(digits.labels)}
+  model, schedule = DiT(**config.model), objective.Schedule()
+  loss_fn = functools.partial(train.batch_loss, model, config.objective, schedule, batch, jax.random.key(1))
+  return float(jax.jit(loss_fn)(params))
+
+
+@pytest.mark.parametrize("form, order", [("dot", "reverse_over_reverse"), ("scalar", "forward_over_reverse")])
+def test_an_energy_learns_from_a_zero_output_layer(form, order, tmp_path):
+  config = small_config(form, **{"objective.second_order": order, "train.steps": 100, "checkpoint.every": 100})
+  train.train(config, str(tmp_path))
+  trained = pretrained.load(tmp_path)
+  zero = objective.mean_square_magnitude(objective.Schedule()) * (1 + np.mean(sources.digits().images ** 2))
+  assert trained.model.energy == form and loss_of(config, trained.params) < 0.9 * zero
+
+
+def test_l2_learns_from_a_warm_start(implicit, tmp_path):
+  """It starts at the weights of the implicit model, and gets better than these are as an energy."""
+  config = small_config("l2", **{"train.init_from": implicit, "train.steps": 100, "checkpoint.every": 100})
+  train.train(config, str(tmp_path))
+  before, after = pretrained.load(implicit), pretrained.load(tmp_path)
+  assert after.model == DiT(**config.model)
+  assert loss_of(config, after.params) < 0.9 * loss_of(config, before.params)
+
+
+def test_a_warm_start_begins_with_the_average_of_the_other_model(implicit, tmp_path):
+  config = small_config(**{"train.init_from": implicit, "train.steps": 1, "checkpoint.every": 1})
+  config.optimizer.update(warmup_steps=1)  # the first step has learning rate 0
+  train.train(config, str(tmp_path))
+  expected = pretrained.load(implicit, weights="ema").params
+  for weights in ("ema", "model"):
+    found = pretrained.load(tmp_path, weights=weights).params
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+
+
+def test_l2_refuses_an_output_layer_of_zeros(tmp_path):
+  with pytest.raises(ValueError, match="output layer of zeros.*[Ww]arm-start.*train.init_from"):
+    train.train(small_config("l2"), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+  model = DiT(**small_config().model)
+  fresh = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32))["params"]
+  pretrained.save_pretrained(tmp_path / "fresh", model, fresh)
+  config = small_config("l2", **{"train.init_from": str(tmp_path / "fresh")})
+  with pytest.raises(ValueError, match="fresh' has an output layer of zeros"):
+    train.train(config, str(tmp_path / "run"))
+
+
+def test_a_share_at_gamma_one_has_nothing_to_learn_but_rest():
+  """All of it clean: the target is zero, which a network that answers zero meets exactly."""
+  config = small_config(**{"objective.clean_share": 1.0})
+  model = DiT(**config.model)
+  batch = {"image": jnp.ones((8, 8, 8, 1)), "label": jnp.zeros(8, jnp.int32)}
+  params = model.init(jax.random.key(0), batch["image"], batch["label"])["params"]
+
+  def loss(share):
+    config.objective.clean_share = share
+    return train.batch_loss(model, config.objective, objective.Schedule(), batch, jax.random.key(1), params)
+
+  assert loss(1.0) < 1e-9 < 0.1 * loss(0.0) < loss(0.5) < loss(0.0)
+
+
+@pytest.mark.parametrize(
+  "changes, text",
+  [
+    ({"model.energy": "cubic"}, "energy = 'cubic'"),
+    ({"model.energy": "dot", "objective.kind": "flow_matching"}, "needs objective.kind = 'equilibrium'"),
+    ({"model.energy": "dot", "objective.dispersive_weight": 0.5}, "dispersive_weight is for implicit"),
+    ({"objective.second_order": "sideways"}, "second_order = 'sideways' is not one of"),
+    ({"objective.clean_share": 1.5}, "clean_share = 1.5"),
+    ({"train.init_from": "nowhere"}, "nowhere: no such model"),
+  ],
+)
+def test_what_cannot_be_trained_is_refused(changes, text, tmp_path):
+  with pytest.raises(ValueError, match=text):
+    train.train(small_config(**changes), str(tmp_path))
+
+
+def test_a_warm_start_of_another_shape_is_refused(implicit, tmp_path):
+  with pytest.raises(ValueError, match=r"parameter \S+ is \(.*\) there and \(.*\) in this model"):
+    train.train(small_config(**{"model.width": 32, "train.init_from": implicit}), str(tmp_path))
