@@ -27,6 +27,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     raise ValueError(f"configs/digits.py has no variant {variant!r}: choose one of {', '.join(VARIANTS[1:])} or none")
   smoke = variant == "smoke"
   flow_matching = variant.startswith("flow_matching")
+  default_sampler = {"flow_matching": "euler", "flow_matching_untimed": "gd", "samplers": "streaming"}.get(
+    variant, "adaptive"
+  )
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
@@ -106,7 +109,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     repeats=3,  # how often
   )
   config.sample = config_dict.create(  # of --mode=sample
-    sampler="euler" if flow_matching else "adaptive",  # one of the samplers
+    sampler=default_sampler,  # one of the samplers
     count=100,  # samples
     labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
     batch_size=20 if smoke else 100,  # samples in flight
@@ -118,7 +121,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.tasks = config_dict.create(  # of --mode=denoise, ood, compose and inpaint
     images="",  # a folder of images, an .npz, or "": those of data.source
     count=20 if smoke else 100,  # images
-    sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
+    sampler=default_sampler,  # one of the samplers that descend; ood only looks at the field
     labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
     batch_size=20 if smoke else 100,  # samples in flight
     seed=0,
@@ -172,8 +175,12 @@ def _samplers(variant: str) -> ml_collections.ConfigDict:
       rows[f"heun_{evaluations:03d}"] = _row(rule="heun", max_evaluations=evaluations)
     for percent in (40, 70, 150, 200, 250):
       rows[f"gd_eta_{percent:03d}"] = _row(step_size=0.003 * percent / 100)
-  elif variant.startswith("flow_matching"):
+  elif variant == "flow_matching":
     rows = dict(euler=_row(rule="euler"), heun=_row(rule="heun"))
+  elif variant == "flow_matching_untimed":  # GD with η = 1/N is Euler with N steps
+    rows = dict(
+      gd=_row(step_size=1 / 249), nag=_row(rule="nag", momentum=0.3, step_size=1 / 249), heun=_row(rule="heun")
+    )
   else:
     rows = dict(gd=_row(), nag=_row(rule="nag", momentum=0.3), adaptive=_row(threshold=4.0))
   return ml_collections.ConfigDict(rows)

@@ -27,7 +27,7 @@ _HOMES = {
   "guided": "equilibrium.field",
   "compose": "equilibrium.field",
   "energy": "equilibrium.energy",
-  "asymmetry": "equilibrium.energy",
+  "asymmetry": "equilibrium.jacobian",
   "magnitude": "equilibrium.objective",
   "corrupt": "equilibrium.objective",
   "Schedule": "equilibrium.objective",

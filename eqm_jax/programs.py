@@ -71,7 +71,7 @@ def _sample(config, workdir, checkpoint):
 
 
 def _denoise(config, workdir, checkpoint):
-  model, given, source, batching = _task(config, workdir, checkpoint)
+  model, given, _, batching = _task(config, workdir, checkpoint, noisy=not config.tasks.denoise.gammas)
   directory = os.path.join(workdir, "denoise")
   denoise.denoise(config, model.model, model.params, given, batching, directory)
   log.info("denoised images: %s", directory)
@@ -88,6 +88,7 @@ def _ood(config, workdir, checkpoint):
 
 def _compose(config, workdir, checkpoint):
   options, batching = config.tasks.compose, _batching(config, config.tasks)
+  inputs.check_options(config.tasks, batching)
   model = _load(config, workdir, checkpoint, config.tasks.weights)
   compose.check(options, model.model)
   terms = []
@@ -98,6 +99,8 @@ def _compose(config, workdir, checkpoint):
         f"tasks.compose.checkpoints: {path} makes {part.model.input_shape} of {part.model.num_classes} classes, but "
         f"the model {model.model.input_shape} of {model.model.num_classes}: they cannot be added"
       )
+    if part.model.time_input:
+      raise ValueError(f"tasks.compose.checkpoints: {path or workdir} is told the time: only fields without it add up")
     terms.append((part.model, part.params, label, weight))
   directory = os.path.join(workdir, "compose")
   compose.compose(config, terms, _source(config), batching, directory)
@@ -107,7 +110,7 @@ def _compose(config, workdir, checkpoint):
 def _inpaint(config, workdir, checkpoint):
   model, given, source, batching = _task(config, workdir, checkpoint)
   directory = os.path.join(workdir, "inpaint")
-  inpaint.inpaint(config, model.model, model.params, given, batching, directory)
+  inpaint.inpaint(config, model.model, model.params, given, source, batching, directory)
   log.info("painted images: %s", directory)
 
 
@@ -117,12 +120,12 @@ def _report(config, workdir, checkpoint):
   report.report(config, workdir, sharding.make_mesh(**config.mesh))
 
 
-def _task(config, workdir, checkpoint):
+def _task(config, workdir, checkpoint, noisy=False):
   """(model, images, data set, batching) of a task."""
-  model = _load(config, workdir, checkpoint, config.tasks.weights)
-  source = _source(config)
-  given = inputs.open_inputs(config.tasks, source, model.model)
-  return model, given, source, _batching(config, config.tasks)
+  batching = _batching(config, config.tasks)
+  inputs.check_options(config.tasks, batching)
+  model, source = _load(config, workdir, checkpoint, config.tasks.weights), _source(config)
+  return model, inputs.open_inputs(config.tasks, source, model.model, noisy), source, batching
 
 
 def _load(config, workdir, checkpoint, weights) -> pretrained.Pretrained:

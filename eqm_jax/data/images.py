@@ -2,13 +2,14 @@
 
 import os
 import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 
 def read(
-  path: str, shape: tuple[int, int, int], count: int, in_pixels: bool = True
+  path: str, shape: tuple[int, int, int], count: int, in_pixels: bool = True, bounded: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None]:
   """The first `count` images of a folder, in the order of their names, or of an .npz.
 
@@ -16,7 +17,8 @@ def read(
   least twice the size, resized, and cropped at the centre; and to grey or RGB. An .npz
   holds them as `image`, `x` or `arr_0`, [N, H, W, C], uint8 or float in [−1, 1] (about:
   up to ±1.5 passes for the overshoot of samples), and maybe labels as `label` or `arr_1`.
-  For a model of latents (not `in_pixels`) only an .npz of finite floats will do.
+  For a model of latents (not `in_pixels`) only an .npz of finite floats will do; where
+  images may be noisy (not `bounded`), floats beyond the range pass.
 
   Returns:
     images [N, H, W, C] float32, and labels [N] int32 or None.
@@ -31,10 +33,10 @@ def read(
     return _read_folder(path, shape, count), None
   if not os.path.isfile(path):
     raise ValueError(f"{path}: no such folder of images and no such .npz")
-  return _read_npz(path, shape, count, in_pixels)
+  return _read_npz(path, shape, count, in_pixels, bounded)
 
 
-def to_float(images: np.ndarray, where: str, in_pixels: bool = True) -> np.ndarray:
+def to_float(images: np.ndarray, where: str, in_pixels: bool = True, bounded: bool = True) -> np.ndarray:
   """Pixels, uint8 or float in [−1, 1], to float32 in [−1, 1]; latents, any floats, to float32."""
   if in_pixels and images.dtype == np.uint8:
     return images.astype(np.float32) / 127.5 - 1
@@ -44,7 +46,7 @@ def to_float(images: np.ndarray, where: str, in_pixels: bool = True) -> np.ndarr
   if not np.all(np.isfinite(images)):
     raise ValueError(f"{where}: {np.sum(~np.isfinite(images))} of {images.size} values are not finite")
   low, high = images.min(), images.max()
-  if in_pixels and (low < -1.5 or high > 1.5):
+  if in_pixels and bounded and (low < -1.5 or high > 1.5):
     raise ValueError(f"{where}: float images span {low:g}..{high:g}, but must lie in [-1, 1]; or give uint8 in 0..255")
   return images.astype(np.float32)
 
@@ -72,17 +74,19 @@ def _read_folder(path: str, shape, count: int) -> np.ndarray:
     file = os.path.join(path, name)
     try:
       with Image.open(file) as image:
+        if image.mode.startswith(("I", "F")):
+          raise ValueError(f"{file}: has {image.mode} pixels, more than 8 bits deep: convert it to 8 bits first")
         images.append(np.asarray(centre_crop(image.convert(modes[C]), H)).reshape(shape))
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
       raise ValueError(f"{file}: not a whole image ({error})") from error
   return to_float(np.stack(images), path)
 
 
-def _read_npz(path: str, shape, count: int, in_pixels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_npz(path: str, shape, count: int, in_pixels: bool, bounded: bool) -> tuple[np.ndarray, np.ndarray | None]:
   try:
     with np.load(path) as arrays:
       found = {name: arrays[name][:count] for name in ("image", "x", "arr_0", "label", "arr_1") if name in arrays}
-  except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+  except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f"{path}: not a whole .npz ({error})") from error
   name = next((name for name in ("image", "x", "arr_0") if name in found), None)
   if name is None:
@@ -94,4 +98,6 @@ def _read_npz(path: str, shape, count: int, in_pixels: bool) -> tuple[np.ndarray
   labels = found.get("label", found.get("arr_1"))
   if labels is not None and (labels.shape != (len(found[name]),) or not np.issubdtype(labels.dtype, np.integer)):
     raise ValueError(f"{path}: labels are {labels.dtype}{list(labels.shape)}: give one integer for each image")
-  return to_float(found[name], f"{path}: {name}", in_pixels), None if labels is None else labels.astype(np.int32)
+  return to_float(found[name], f"{path}: {name}", in_pixels, bounded), None if labels is None else labels.astype(
+    np.int32
+  )

@@ -88,6 +88,8 @@ def plane(kind: str, count: int = 4096, seed: int = 0) -> Images:
   "two_moons" has 2 classes, "eight_gaussians" 8, and "checkerboard" the 8 dark squares of
   a 4×4 board.
   """
+  if count < 1:
+    raise ValueError(f"data.options.count = {count} must be at least 1")
   rng = np.random.default_rng(seed)
   if kind == "two_moons":
     points, labels = sklearn.datasets.make_moons(count, noise=0.05, random_state=seed)

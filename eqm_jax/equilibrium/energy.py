@@ -12,12 +12,13 @@ code descends +½‖f‖².
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from eqm_jax.equilibrium.labels import checked_labels
 
 FORMS = ("dot", "l2", "scalar")
 
@@ -45,9 +46,9 @@ def energy(model: Any, params: Any, label_B: jax.Array, form: str | None = None)
     form: "dot", "l2" or "scalar"; None takes the one the model was built for.
 
   Raises:
-    ValueError: if the model has no energy, or another form.
+    ValueError: if the model has no energy, or another form, or a label does not exist.
   """
-  return Energy(params, jnp.asarray(label_B), model, checked_form(model, form))
+  return Energy(params, checked_labels(label_B, model.num_classes), model, checked_form(model, form))
 
 
 def checked_form(model: Any, form: str | None) -> str:
@@ -112,31 +113,5 @@ def _backward(model, form, saved, residual):
 
 gradient_forward_over_reverse.defvjp(_forward, _backward)
 
-# How the loss's parameter gradient, a second derivative of E, is computed; docs/energies.md compares them.
+# How the loss's parameter gradient, a second derivative of E, is computed; the report times them.
 SECOND_ORDER = {"reverse_over_reverse": gradient, "forward_over_reverse": gradient_forward_over_reverse}
-
-
-@functools.partial(jax.jit, static_argnames="probes")
-def asymmetry(field_fn: Callable, x: jax.Array, key: jax.Array, probes: int = 16) -> jax.Array:
-  """How far a field is from being a gradient: ‖J − Jᵀ‖/‖J‖ at each x, [B].
-
-  J is the Jacobian ∂f/∂x of one sample, the norms are Frobenius'. Estimated with random
-  v ~ N(0, I), E‖Av‖² = ‖A‖². 0 for the gradient of any energy, √2 for a J of
-  independent random entries, 2 for a rotation.
-
-  Args:
-    field_fn: a field that is a pytree, x [B, ...] → f [B, ...], each sample on its own.
-    x: where, [B, ...].
-    key: of the probes.
-    probes: how many; the relative error is about 1/√(probes·dimension).
-  """
-  _, transposed = jax.vjp(field_fn, x)
-  axes = range(1, x.ndim)
-
-  def squares(key):
-    v = jax.random.normal(key, x.shape, x.dtype)
-    forward, backward = jax.jvp(field_fn, (x,), (v,))[1], transposed(v)[0]
-    return jnp.sum((forward - backward) ** 2, axis=axes), jnp.sum(forward**2, axis=axes)
-
-  difference_PxB, whole_PxB = jax.lax.map(squares, jax.random.split(key, probes))
-  return jnp.sqrt(difference_PxB.mean(axis=0) / whole_PxB.mean(axis=0))

@@ -175,7 +175,8 @@ def _settle(field_fn, image, unknown, gamma_B, key, index_B, schedule: Schedule,
 
 def _better(best: sampler.Result, result: sampler.Result) -> sampler.Result:
   """Sample by sample the one with the smaller ‖f‖, and the evaluations of both."""
-  chosen = sampler.where(result.norm_B < best.norm_B, result.replace(record=None), best.replace(record=None))
+  better_B = (result.norm_B < best.norm_B) | ~jnp.isfinite(best.norm_B)
+  chosen = sampler.where(better_B, result.replace(record=None), best.replace(record=None))
   return chosen.replace(evaluations_B=best.evaluations_B + result.evaluations_B, record=result.record)
 
 

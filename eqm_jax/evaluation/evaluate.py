@@ -91,8 +91,7 @@ def evaluate(
   os.makedirs(directory, exist_ok=True)
 
   # ---------------------------------------------------------------- the real data, and what it can tell
-  in_plane = source.shape == plane.SHAPE
-  in_pixels = "image" in source[0] and not in_plane
+  in_plane, in_pixels = source.shape == plane.SHAPE, is_pixels(source)
   real = np.stack([real_sample(source[i]) for i in range(len(source))])
   classifier = agreement.Classifier(real, source.labels) if options.label_agreement else None
   label_N = samplers.balanced_labels(options.samples, model.num_classes)
@@ -143,8 +142,7 @@ def evaluate(
 
   # ---------------------------------------------------------------- the way of one sample per class
   if options.pictured != "none" and in_plane:
-    schedule = objective.Schedule(**config.objective.schedule)
-    plane.draw(config.samplers[options.pictured], model, params, real, schedule, batching, directory)
+    plane.draw(config.samplers[options.pictured], model, params, real, schedule_of(config), batching, directory)
   elif options.pictured != "none":
     few = samplers.balanced_labels(min(max(1, model.num_classes), 10), model.num_classes)
     paths.draw(config.samplers[options.pictured], model, params, few, batching, directory)
@@ -160,6 +158,9 @@ def table(report: dict[str, Any]) -> str:
     "| sampler | rule | η | Fréchet | label agreement | evaluations (10 % – 90 %) | hardware | seconds | images/s |",
     "|---|---|---|---|---|---|---|---|---|",
   ]
+  in_plane = any("to_data" in row for row in report["rows"].values())
+  if in_plane:
+    lines = [line + extra for line, extra in zip(lines, (" to data | from data |", "---|---|"))]
   for name, row in report["rows"].items():
     count = row["evaluations"]
     step = f"{row['step_size']:g}" if row["step_size"] else "auto"
@@ -168,8 +169,21 @@ def table(report: dict[str, Any]) -> str:
       f"| {name} | {row['rule']} | {step} | {row['frechet']:.3f} | {agrees} "
       f"| {count['mean']:.1f} ({count['q10']:.0f} – {count['q90']:.0f}) | {row['hardware_ratio']:.2f} "
       f"| {row['seconds']:.1f} | {row['images_per_second']:.0f} |"
+      + (f" {row['to_data']:.3f} | {row['from_data']:.3f} |" if in_plane else "")
     )
   return "\n".join(lines) + "\n"
+
+
+def schedule_of(config: ml_collections.ConfigDict) -> objective.Schedule:
+  """c(γ) of what a config trains; flow matching has c ≡ 1."""
+  if config.objective.kind == "equilibrium":
+    return objective.Schedule(**config.objective.schedule)
+  return objective.Schedule("constant", multiplier=1.0)
+
+
+def is_pixels(source: Source) -> bool:
+  """Whether samples are pictures in [−1, 1]: not latents, and not points of the plane."""
+  return "image" in source[0] and source.shape != plane.SHAPE
 
 
 def real_sample(sample: dict[str, np.ndarray]) -> np.ndarray:

@@ -34,7 +34,7 @@ def draw(
     directory: where the pictures go.
   """
   noise = sampler.start_noise(batching.key, np.arange(len(label_B)), model.input_shape)
-  bound = field.implicit_field(model, params, label_B, **samplers.guidance_of(row))
+  bound = field.bound(field.conditional_field(model, params, **samplers.guidance_of(row)), label_B)
   norms = samplers.descend_row(row, bound, noise, batching, record_at=range(row.max_evaluations + 1), record_fn=_norm)
   last = int(norms.evaluations_B.max())
   steps = np.unique(np.linspace(0, last, FRAMES).round().astype(int))

@@ -37,7 +37,7 @@ def draw(
   """Writes plane.png: for the network (above) and the oracle (below) the field, its energy, and descents.
 
   The field and the energy are those without a class; the network's descents take the
-  classes in turn. c(γ) of the oracle is that of `schedule`. Where a model gives no energy,
+  classes in turn, and the row's guidance. c(γ) of the oracle is that of `schedule`. Where a model gives no energy,
   the one is drawn whose gradient is nearest to the field.
 
   Args:
@@ -51,7 +51,8 @@ def draw(
   key, index = batching.key, np.arange(PATHS)
   noise = sampler.start_noise(key, index, SHAPE)
   label_B = samplers.balanced_labels(PATHS, model.num_classes)
-  walkers = {"network": field.bound(network, label_B), "oracle": fields["oracle"]}
+  guided = field.conditional_field(model, params, **samplers.guidance_of(row))
+  walkers = {"network": field.bound(guided, label_B), "oracle": fields["oracle"]}
 
   figure = matplotlib.figure.Figure(figsize=(12, 8.2), layout="constrained")
   matplotlib.backends.backend_agg.FigureCanvasAgg(figure)

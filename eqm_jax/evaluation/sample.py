@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from eqm_jax.equilibrium.field import checked_labels
+from eqm_jax.equilibrium.labels import checked_labels
 from eqm_jax.evaluation import paths, pictures, plane, samplers
 from eqm_jax.networks.dit import DiT
 

@@ -14,6 +14,7 @@ import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eqm_jax.equilibrium import field, integrators, rules, sampler, streaming
+from eqm_jax.equilibrium.labels import checked_labels
 from eqm_jax.networks.dit import DiT
 
 STREAM_LENGTH = 16  # samples per slot that one stream takes: more hide the progress, fewer idle at the end
@@ -93,7 +94,7 @@ def draw(
   name: str, row: ml_collections.ConfigDict, model: DiT, params: Any, label_N: np.ndarray, batching: Batching
 ) -> Drawn:
   """Draws one sample per label, with a progress bar."""
-  field.checked_labels(label_N, model.num_classes)
+  checked_labels(label_N, model.num_classes)
   params = batching.replicate(params)
   field_fn = field.conditional_field(model, params, **guidance_of(row))
   streams = is_descent(row) and row.streaming

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from eqm_jax.data import sources
+from eqm_jax.equilibrium import field
 from eqm_jax.evaluation import agreement, distances, samplers
 from eqm_jax.report.runs import Runs, Trained
 from eqm_jax.training import state
@@ -50,6 +51,11 @@ class Lab:
     row.update(changes)
     return row
 
+  def field(self, trained: Trained) -> field.ConditionalField:
+    """The field of a model, on the mesh."""
+    params = self.batching(trained).replicate(trained.params)
+    return field.conditional_field(trained.model, params)
+
   def multiplier(self, trained: Trained) -> float:
     """λ of a model."""
     flow_matching = trained.config.objective.kind == "flow_matching"
@@ -79,6 +85,11 @@ class Lab:
     found = [self.scores(name, seed, **changes) for seed in self.seeds]
     return {score: [one[score] for one in found] for score in found[0]}
 
+  def evaluations(self, name: str, **changes: Any) -> str:
+    """The mean number of evaluations of a sample, as it was measured."""
+    drawn = [self.sample(name, seed, **changes) for seed in self.seeds]
+    return f"{np.mean([one.result.evaluations_B.mean() for one in drawn]):.0f}"
+
   def frechet(self, images: np.ndarray) -> float:
     """To the training images, in pixels; infinite if an image is not finite."""
     images = np.clip(images, -1, 1).reshape(len(images), -1)
@@ -92,24 +103,36 @@ class Lab:
 
 
 def ahead(ours: Sequence[float], theirs: Sequence[float]) -> str:
-  """Whether `ours` are lower than `theirs`: by more than the spread of both, within it, or not."""
+  """Whether `ours` are lower than `theirs`: by more than the spread of both, within it, or not.
+
+  One seed has no spread to judge by: then the best verdict is "holds in part".
+  """
   if not np.all(np.isfinite([*ours, *theirs])):  # a distance of samples that ran away
     return HOLDS if np.all(np.isfinite(ours)) else FAILS
   gap = np.mean(theirs) - np.mean(ours)
-  spread = np.hypot(np.std(ours), np.std(theirs))
-  return FAILS if gap <= 0 else HOLDS if gap > spread else PARTLY
+  if gap <= 0:
+    return FAILS
+  return HOLDS if min(len(ours), len(theirs)) > 1 and gap > np.hypot(deviation(ours), deviation(theirs)) else PARTLY
 
 
-def worst(verdicts: Sequence[str]) -> str:
-  """What holds of a claim with several parts."""
-  if len(set(verdicts)) == 1:
-    return verdicts[0]
-  return PARTLY
+def jointly(verdicts: Sequence[str]) -> str:
+  """The verdict of a claim that needs every part: one part that fails is enough to fail."""
+  return FAILS if FAILS in verdicts else in_parts(verdicts)
+
+
+def in_parts(verdicts: Sequence[str]) -> str:
+  """The verdict of a claim whose parts count by themselves: it holds in part where some do."""
+  return verdicts[0] if len(set(verdicts)) == 1 else PARTLY
+
+
+def deviation(values: Sequence[float]) -> float:
+  """The standard deviation over seeds, as estimated from these; 0 of one."""
+  return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
   """Mean ± standard deviation over seeds."""
-  return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+  return f"{np.mean(values):.{digits}f} ± {deviation(values):.{digits}f}"
 
 
 Claim = Callable[[Lab], dict[str, Any]]

@@ -4,7 +4,9 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-COLOURS = {"holds": "#2a7d2a", "holds in part": "#a86f00", "does not hold": "#b02a2a"}
+from eqm_jax.report.lab import FAILS, HOLDS, PARTLY
+
+COLOURS = {HOLDS: "#2a7d2a", PARTLY: "#a86f00", FAILS: "#b02a2a"}
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 14px; display: block; overflow-x: auto; }
@@ -36,7 +38,8 @@ def page(claims: Mapping[str, dict[str, Any]], facts: Mapping[str, str]) -> str:
       "<h1>What the paper claims, measured on handwritten digits</h1>",
       "<p>Each claim of the Equilibrium Matching paper beside what was measured here, on a small network and "
       "small pictures. A claim that does not hold here may well hold on ImageNet, and the other way round. "
-      "Whether it holds is decided by the criterion given with it, not by hand.</p>",
+      "Whether it holds is decided by the criterion given with it, not by hand; a claim of several parts holds in "
+      "part where only some do, or where a difference lies within the spread of the seeds.</p>",
       _table(["", ""], [[html.escape(key), html.escape(value)] for key, value in facts.items()]),
       _table(["claim", "here"], summary),
       *(_section(name, claim) for name, claim in claims.items()),

@@ -4,18 +4,23 @@ Everything done is kept: models under `models/`, each claim's numbers under `cla
 its pictures under `figures/`. Run again, it goes on where it was.
 """
 
+import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 
 import jax
 import ml_collections
 from jax.sharding import Mesh
 
 import eqm_jax
+from eqm_jax.evaluation import samplers
 from eqm_jax.files import read_json, write_json
+from eqm_jax.networks.dit import DiT
 from eqm_jax.report import descent, landscape, page, quality, runs
 from eqm_jax.report.lab import Claim, Lab
 from eqm_jax.training import train
@@ -48,11 +53,12 @@ def report(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
     ValueError: before training, if the config does not fit or the workdir holds a
       report with another one.
   """
-  _check(config, workdir)
-  # One line for each model and claim is enough; a training's own lines are for those who train.
-  logging.getLogger("eqm_jax.training").setLevel(logging.WARNING)
-  # Models that differ in their seed alone compile once.
-  jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
+  _check(config, workdir, mesh)
+  with _quiet_and_cached(os.path.join(workdir, "compiled")):
+    _report(config, workdir, mesh)
+
+
+def _report(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
   lab = Lab(config, workdir, mesh)
   os.makedirs(os.path.join(workdir, "claims"), exist_ok=True)
 
@@ -78,13 +84,45 @@ def report(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
   log.info("report: %s", os.path.join(workdir, "index.html"))
 
 
-def _check(config: ml_collections.ConfigDict, workdir: str):
+@contextlib.contextmanager
+def _quiet_and_cached(directory: str) -> Iterator[None]:
+  """Trainings and samplings say nothing of their own, and what differs in its seed alone compiles once."""
+  packages = [logging.getLogger(f"eqm_jax.{name}") for name in ("training", "evaluation")]
+  levels, cache = [package.level for package in packages], jax.config.jax_compilation_cache_dir
+  try:
+    for package in packages:
+      package.setLevel(logging.ERROR)
+    jax.config.update("jax_compilation_cache_dir", directory)
+    yield
+  finally:
+    for package, level in zip(packages, levels):
+      package.setLevel(level)
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+# The least of each option of which every claim can be made.
+LEAST = {"seeds": 1, "samples": 20, "batch_size": 1, "held_out": 10, "evaluations": 4}
+
+
+def _check(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
+  if "report" not in config:
+    raise ValueError("this config has no section 'report': use --config=configs/report.py, or report.py:quick")
   options = config.report
-  for name in ("seeds", "samples", "batch_size", "held_out", "evaluations"):
-    if options[name] < 1:
-      raise ValueError(f"report.{name} = {options[name]} must be at least 1")
-  if config.data.source != "digits" or config.data.options.part != "train":
-    raise ValueError("a report needs data.source = 'digits' with data.options.part = 'train': it tests on the others")
+  for name, least in LEAST.items():
+    if options[name] < least:
+      raise ValueError(f"report.{name} = {options[name]} must be at least {least}")
+  for name, expected in runs.EXPECTED.items():
+    given = functools.reduce(lambda section, key: section[key], name.split("."), config)
+    if given != expected:
+      raise ValueError(
+        f"{name} = {given!r}, but the report's claims are about {expected!r}, and what is compared with it"
+      )
+  batching = samplers.Batching(
+    mesh, options.batch_size, jax.random.key(0), runs.EXPECTED["objective.schedule.multiplier"]
+  )
+  row = next(iter(config.samplers.values())).copy_and_resolve_references()
+  row.update(step_size=options.step_size, threshold=options.threshold, max_evaluations=options.evaluations)
+  samplers.check("of the report", row, DiT(**config.model), batching)
   path, given = os.path.join(workdir, "config.json"), json.loads(config.to_json())
   if os.path.exists(path):
     differences = [
@@ -120,10 +158,11 @@ def _write_page(config: ml_collections.ConfigDict, workdir: str):
     name: read_json(_claim_file(workdir, name)) for name in CLAIMS if os.path.exists(_claim_file(workdir, name))
   }
   facts = {
-    "made by": "python -m eqm_jax.main --config=configs/report.py --workdir=runs/report --mode=report",
+    "made by": config.report.command,
     "data": "scikit-learn's 1,797 digits, 8 × 8 pixels; one in six is held out",
     "network": f"DiT, width {config.model.width}, depth {config.model.depth}, patch {config.model.patch_size}; "
-    f"{config.train.steps} steps of batch {config.train.batch_size} for every model",
+    f"{config.train.steps} steps of batch {config.train.batch_size} for every model (l2: after "
+    "as many of the implicit one)",
     "figures": f"mean ± standard deviation over {config.report.seeds} seeds, {config.report.samples} samples each; "
     "Fréchet distance in pixels to the training digits; no guidance",
     "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} cores",

@@ -9,7 +9,19 @@ import ml_collections
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import checkpoint, pretrained, train
 
-# What differs from the config; everything else is the same for all.
+# What the claims take for granted of the config.
+EXPECTED: dict[str, Any] = {
+  "objective.kind": "equilibrium",
+  "objective.schedule.kind": "truncated",
+  "objective.schedule.a": 0.8,
+  "objective.schedule.multiplier": 4.0,
+  "objective.clean_share": 0.0,
+  "model.energy": "none",
+  "model.time_input": False,
+  "data.source": "digits",
+  "data.options.part": "train",
+}
+# What differs from it; everything else is the same for all models.
 CHANGES: dict[str, dict[str, Any]] = {
   "eqm": {},
   "flow_matching": {"objective.kind": "flow_matching", "model.time_input": True},

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 
 from eqm_jax.equilibrium import field, sampler, tasks
-from eqm_jax.evaluation import pictures, samplers
+from eqm_jax.evaluation import samplers
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.tasks import inputs
@@ -51,8 +51,7 @@ def denoise(
     arrays[f"gamma_{name}"] = result.x
   os.makedirs(directory, exist_ok=True)
   np.savez(os.path.join(directory, "denoised.npz"), **arrays)
-  shown = np.concatenate([strip[:SHOWN] for strip in strips])
-  pictures.grid(shown, min(SHOWN, len(given.image_N))).save(os.path.join(directory, "denoise.png"))
+  inputs.show(strips, SHOWN).save(os.path.join(directory, "denoise.png"))
   write_json(os.path.join(directory, "denoise.json"), report)
   return report
 

@@ -6,8 +6,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from eqm_jax.equilibrium import field, objective, tasks
-from eqm_jax.evaluation import pictures, samplers
+from eqm_jax.data.sources import Source
+from eqm_jax.equilibrium import field, tasks
+from eqm_jax.evaluation import evaluate, samplers
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.tasks import inputs
@@ -21,13 +22,14 @@ def inpaint(
   model: DiT,
   params: Any,
   given: inputs.Inputs,
+  source: Source,
   batching: samplers.Batching,
   directory: str,
 ) -> dict[str, Any]:
   """Paints the images anew under `config.tasks.inpaint.mask`.
 
   Writes inpaint.json, with the mean squared error under the mask beside that of filling
-  in the mean image, the results as inpainted.npz, and a picture: the images, what was
+  in the mean of the data set, the results as inpainted.npz, and a picture: the images, what was
   left of them, and what came of it.
 
   Raises:
@@ -36,11 +38,7 @@ def inpaint(
   options = config.tasks.inpaint
   row = inputs.check(config, model, batching)
   mask = read_mask(options.mask, model.input_shape)
-  # A flow-matching field without time is an EqM field with c ≡ 1.
-  settings = (
-    config.objective.schedule if config.objective.kind == "equilibrium" else {"kind": "constant", "multiplier": 1.0}
-  )
-  schedule = objective.Schedule(**settings)
+  schedule = evaluate.schedule_of(config)
   field_fn = field.conditional_field(model, batching.replicate(params), **samplers.guidance_of(row))
 
   def part(index_B):
@@ -60,7 +58,7 @@ def inpaint(
 
   result = samplers.in_batches("inpaint", part, len(given.image_N), batching)
   painted = np.broadcast_to(mask, result.x.shape) > 0
-  mean_N = np.broadcast_to(given.image_N.mean(axis=0), result.x.shape)
+  mean_N = np.broadcast_to(inputs.first_images(source, len(source)).mean(axis=0), result.x.shape)
   report = {
     "sampler": row.to_dict(),
     "images": len(result.x),
@@ -77,8 +75,7 @@ def inpaint(
   os.makedirs(directory, exist_ok=True)
   np.savez(os.path.join(directory, "inpainted.npz"), x=result.x, label=given.label_N, mask=mask)
   left_over = np.where(painted, 0.0, given.image_N)
-  shown = np.concatenate([strip[:SHOWN] for strip in (given.image_N, left_over, result.x)])
-  pictures.grid(shown, min(SHOWN, len(result.x))).save(os.path.join(directory, "inpaint.png"))
+  inputs.show([given.image_N, left_over, result.x], SHOWN).save(os.path.join(directory, "inpaint.png"))
   write_json(os.path.join(directory, "inpaint.json"), report)
   return report
 
@@ -108,9 +105,13 @@ def read_mask(text: str, shape: tuple[int, int, int]) -> np.ndarray:
   else:
     try:
       mask = np.load(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
       raise ValueError(f"tasks.inpaint.mask: {text}: not a whole .npy file ({error})") from error
+    if not isinstance(mask, np.ndarray):
+      raise ValueError(f"tasks.inpaint.mask: {text} holds several arrays: give a .npy of one")
     if mask.shape != (H, W):
       raise ValueError(f"tasks.inpaint.mask: {text} has shape {mask.shape}, but the images are {(H, W)}")
   tasks.checked_mask(mask[..., None], (1, *shape))
+  if not mask.any():
+    raise ValueError(f"tasks.inpaint.mask = {text!r} has no pixel to paint on images of {H}×{W}")
   return mask[..., None].astype(np.float32)

@@ -35,7 +35,8 @@ def ood(
 ) -> dict[str, Any]:
   """Scores the data set and what it is told from.
 
-  In-distribution are the first `tasks.count` samples of the data set. Against them stand
+  In-distribution are the first `tasks.count` samples of the data set: where the model was
+  trained on them, they look more at home than new data would. Against them stand
   the kinds of `tasks.ood.against`, and the images of `tasks.images` if there are any.
 
   Writes ood.json (AUROC of every score against every kind, higher is better, 0.5 is
@@ -63,8 +64,8 @@ def ood(
     arrays |= {f"{name}_{kind}": values for kind, values in {"data": inside_N, **outside}.items()}
   os.makedirs(directory, exist_ok=True)
   np.savez(os.path.join(directory, "scores.npz"), **arrays)
-  shown = [images[np.arange(SHOWN) % len(images)] for images in (data_N, *kinds.values())]
-  pictures.grid(np.concatenate(shown), SHOWN).save(os.path.join(directory, "ood.png"))
+  shown = [images[np.arange(max(SHOWN, len(data_N))) % len(images)] for images in (data_N, *kinds.values())]
+  inputs.show(shown, SHOWN).save(os.path.join(directory, "ood.png"))
   for name in scores:
     groups = {kind: arrays[f"{name}_{kind}"] for kind in ("data", *kinds)}
     pictures.score_boxes(groups, name).save(os.path.join(directory, f"scores_{name}.png"))
@@ -98,7 +99,9 @@ def make_score(name: str, model: DiT, params: Any, source: Source, batching: sam
   params = batching.replicate(params)
   if name == "energy":
     form = energy.checked_form(model, None)
-    values = jax.jit(lambda x, label: energy.energies(model, form, params, x, label))
+
+    def values(x, label):
+      return _energies(energy.Energy(params, label, model, form), x)
   else:
     field_fn = field.conditional_field(model, params)
 
@@ -112,3 +115,8 @@ def make_score(name: str, model: DiT, params: Any, source: Source, batching: sam
     return samplers.in_batches(name, part, len(images), batching)
 
   return score
+
+
+@jax.jit
+def _energies(energy_fn: energy.Energy, x: jax.Array) -> jax.Array:
+  return energy_fn(x)

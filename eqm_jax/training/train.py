@@ -26,8 +26,8 @@ from eqm_jax.training import state as state_lib
 
 log = logging.getLogger(__name__)
 
-# What may differ between a run and its continuation: it does not touch the parameters.
-FREE_SECTIONS = ("checkpoint", "evaluation", "report", "sample", "samplers", "tasks")
+# What may differ between a run and its continuation: it does not touch the parameters (any more).
+FREE = ("checkpoint.", "evaluation.", "report.", "sample.", "samplers.", "tasks.", "train.init_from")
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
@@ -59,6 +59,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
   log.info("sharding\n%s", sharding.table(shardings.params))
   log.info("devices: %d × %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
 
+  begins_warm = config.train.init_from and not checkpoint.steps(workdir)
+  warm = _warm_start(config.train.init_from, model, shapes.params) if begins_warm else None
   data = pipeline.batches(
     source,
     batch_size=batch_size,
@@ -77,8 +79,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     log.info("resumed from step %d", first_step)
   else:
     state = jax.jit(init, out_shardings=shardings)()
-    if config.train.init_from:
-      params = jax.device_put(_warm_start(config.train.init_from, model, shapes.params), shardings.params)
+    if warm is not None:
+      params = jax.device_put(warm, shardings.params)
       state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
       log.info("started from the weights of %s", config.train.init_from)
 
@@ -189,7 +191,7 @@ def _warm_start(path: str, model: DiT, shapes: Any) -> Any:
     if there != here:
       raise ValueError(
         f"train.init_from = {path!r}: parameter {jax.tree_util.keystr(name, simple=True, separator='/')} is {there} "
-        f"there and {here} in this model: the attributes of the two models must be the same, but for 'energy'"
+        f"there and {here} in this model: the attributes that shape the two networks must be the same"
       )
   if model.energy == "l2" and not any(np.any(leaf) for leaf in jax.tree.leaves(loaded.params["final_out"])):
     raise ValueError(f"train.init_from = {path!r} has an output layer of zeros, {_NO_GRADIENT}")
@@ -203,8 +205,11 @@ _NO_GRADIENT = (
 
 
 def _loss_scale(config: ml_collections.ConfigDict, schedule: objective.Schedule) -> float:
-  """E[c²], which makes losses comparable; flow matching has c ≡ 1."""
-  return objective.mean_square_magnitude(schedule) if config.kind == "equilibrium" else 1.0
+  """E[c²] of the samples, which makes losses comparable; flow matching has c ≡ 1, and at γ = 1 EqM has c = 0."""
+  if config.kind != "equilibrium":
+    return 1.0
+  at_data = float(objective.magnitude(jnp.ones(()), schedule)) ** 2
+  return (1 - config.clean_share) * objective.mean_square_magnitude(schedule) + config.clean_share * at_data
 
 
 def _check_fits(config: ml_collections.ConfigDict, model: DiT, source: sources.Source):
@@ -221,9 +226,10 @@ def _check_fits(config: ml_collections.ConfigDict, model: DiT, source: sources.S
     raise ValueError(f"objective.kind = {config.objective.kind!r} is neither 'equilibrium' nor 'flow_matching'")
   if config.objective.kind == "equilibrium" and model.time_input:
     raise ValueError("objective.kind = 'equilibrium' trains a field without time: set model.time_input = False")
-  for name in ("label_dropout", "clean_share"):
-    if not 0 <= config.objective[name] <= 1:
-      raise ValueError(f"objective.{name} = {config.objective[name]} must lie in [0, 1]")
+  if not 0 <= config.objective.label_dropout <= 1:
+    raise ValueError(f"objective.label_dropout = {config.objective.label_dropout} must lie in [0, 1]")
+  if not 0 <= config.objective.clean_share < 1:
+    raise ValueError(f"objective.clean_share = {config.objective.clean_share} must lie in [0, 1)")
   _check_energy(config, model)
   if not 0 <= config.optimizer.ema_decay < 1:
     raise ValueError(f"optimizer.ema_decay = {config.optimizer.ema_decay} must lie in [0, 1)")
@@ -260,7 +266,7 @@ def check_same_run(workdir: str, config: ml_collections.ConfigDict):
   found = [
     f"{name}: {was!r} there, {now!r} given"
     for name, was, now in differences(read_json(path), json.loads(config.to_json()))
-    if name.split(".")[0] not in FREE_SECTIONS
+    if not f"{name}.".startswith(FREE)
   ]
   if found:
     raise ValueError(f"{workdir} holds a run with another config: {'; '.join(found)}. Choose another --workdir")

@@ -67,6 +67,29 @@ def test_npz_that_do_not_fit_are_refused(tmp_path, arrays, message):
   assert "bad.npz" in str(error.value)
 
 
+def test_what_is_noisy_may_leave_the_range(tmp_path):
+  noisy = 3 * np.random.default_rng(0).normal(size=(5, *SHAPE))
+  np.savez(tmp_path / "a.npz", x=noisy)
+  np.testing.assert_allclose(images.read(str(tmp_path / "a.npz"), SHAPE, 9, bounded=False)[0], noisy, atol=1e-6)
+
+
+def test_deeper_pixels_are_refused_and_not_cut_off(tmp_path):
+  Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "deep.png")
+  with pytest.raises(ValueError, match="deep.png: has I;16 pixels, more than 8 bits"):
+    images.read(str(tmp_path), SHAPE, 9)
+
+
+def test_a_flipped_byte_in_an_npz_never_ends_in_another_error(tmp_path):
+  np.savez_compressed(tmp_path / "a.npz", x=np.random.default_rng(0).integers(0, 256, (3, *SHAPE)).astype(np.uint8))
+  whole = (tmp_path / "a.npz").read_bytes()
+  for place in range(0, len(whole), 5):
+    (tmp_path / "b.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    try:
+      images.read(str(tmp_path / "b.npz"), SHAPE, 9)
+    except ValueError as error:
+      assert "b.npz" in str(error)
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
   with pytest.raises(ValueError, match="nowhere: no such folder"):
     images.read(str(tmp_path / "nowhere"), SHAPE, 9)

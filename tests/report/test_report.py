@@ -23,17 +23,24 @@ CLAIM = {
     ([1.0, 2.0, 0.5], [1.2, 2.2, 0.6], "holds in part"),
     ([2.0, 2.1], [1.0, 1.1], "does not hold"),
     ([1.0], [1.0], "does not hold"),
-    ([1.0], [np.inf], "holds"),
+    ([1.0], [9.0], "holds in part"),  # one seed has no spread to judge by
+    ([1.0, 1.0], [np.inf, 2.0], "holds"),
+    ([1.0, np.nan], [np.inf, 2.0], "does not hold"),
   ],
 )
 def test_verdicts_weigh_the_gap_against_the_spread(ours, theirs, verdict):
   assert lab.ahead(ours, theirs) == verdict
 
 
-def test_a_claim_of_several_parts_holds_if_all_do():
-  assert lab.worst(["holds", "holds"]) == "holds"
-  assert lab.worst(["holds", "does not hold"]) == lab.worst(["holds in part"] * 2) == "holds in part"
-  assert lab.worst(["does not hold"] * 2) == "does not hold"
+def test_claims_of_several_parts():
+  yes, part, no = "holds", "holds in part", "does not hold"
+  assert lab.jointly([yes, yes]) == lab.in_parts([yes, yes]) == yes
+  assert lab.jointly([yes, no]) == lab.jointly([part, no]) == lab.in_parts([no, no]) == no
+  assert lab.in_parts([yes, no]) == lab.jointly([yes, part]) == lab.in_parts([part, part]) == part
+
+
+def test_the_spread_is_that_of_a_sample():
+  assert lab.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and lab.spread([1.0]) == "1.000 ± 0.000"
 
 
 def test_the_page_shows_every_part_escaped():
@@ -89,8 +96,10 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
   "key, value, message",
   [
     ("report.seeds", 0, "report.seeds = 0"),
-    ("report.samples", 0, "report.samples = 0"),
-    ("data.options.part", "all", "part = 'train'"),
+    ("report.samples", 10, "report.samples = 10 must be at least 20"),
+    ("report.step_size", -1.0, "step_size = -1"),
+    ("data.options.part", "all", "data.options.part = 'all'"),
+    ("objective.schedule.multiplier", 2.0, "multiplier = 2.0, but the report's claims are about 4.0"),
   ],
 )
 def test_bad_input_is_refused(tmp_path, key, value, message):
@@ -100,6 +109,11 @@ def test_bad_input_is_refused(tmp_path, key, value, message):
     programs.run("report", config, str(tmp_path), None)
   with pytest.raises(ValueError, match="trains its own models"):
     programs.run("report", config, str(tmp_path), "x.pt")
+
+
+def test_other_configs_are_told_where_to_go(tmp_path):
+  with pytest.raises(ValueError, match="no section 'report': use --config=configs/report.py"):
+    programs.run("report", load_config("digits"), str(tmp_path), None)
 
 
 def test_models_differ_in_what_they_are_compared_by_alone():

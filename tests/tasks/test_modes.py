@@ -12,7 +12,10 @@ from PIL import Image
 import eqm_jax
 from eqm_jax import programs
 from eqm_jax.data import sources
+from eqm_jax.equilibrium.field import bound
+from eqm_jax.networks.dit import DiT
 from eqm_jax.tasks import outliers
+from eqm_jax.training.state import stream_key
 
 
 def small_config(energy: str = "none"):
@@ -20,7 +23,7 @@ def small_config(energy: str = "none"):
   config.model.update(width=16, depth=1, num_heads=2, energy=energy)
   config.train.update(steps=40, batch_size=32)
   config.checkpoint.every = 40
-  config.evaluation.samples = 0
+  config.evaluation.update(samples=20, batch_size=20)
   config.tasks.update(count=12, batch_size=8, labels="own")
   config.tasks.inpaint.update(settle=3, tries=2)
   return config
@@ -37,6 +40,23 @@ def run(request, tmp_path_factory):
 @pytest.fixture
 def config(run):
   return run[1].copy_and_resolve_references()
+
+
+def test_a_run_ends_with_its_evaluation_and_can_be_sampled(run, config):
+  """For an energy as for a field: what is drawn, and what is pictured, follows the gradient."""
+  report = json.loads((run[0] / "evaluation" / "evaluation.json").read_text())
+  assert set(report["rows"]) == set(config.samplers) and (run[0] / "evaluation" / "descent.png").exists()
+  config.sample.update(count=4, batch_size=4)
+  programs.run("sample", config, str(run[0]), None)
+  x = np.load(run[0] / "samples" / "samples.npz")["x"]
+  pretrained, row = eqm_jax.load(run[0]), config.samplers.adaptive
+  make = eqm_jax.implicit_field if config.model.energy == "none" else eqm_jax.energy_field
+  noise = eqm_jax.start_noise(stream_key(config.sample.seed, "samples"), np.arange(4), (8, 8, 1))
+  expected = eqm_jax.descend(
+    make(pretrained.model, pretrained.params, np.arange(4)), noise, step_size=row.step_size, rule=row.rule,
+    max_evaluations=row.max_evaluations, threshold=row.threshold,
+  )  # fmt: skip
+  np.testing.assert_allclose(x, expected.x, atol=1e-4)
 
 
 def written(workdir: pathlib.Path, mode: str) -> dict:
@@ -56,17 +76,16 @@ def test_denoise(run, config):
 
 
 def test_denoise_what_is_noisy_already(run, config, tmp_path):
-  """A folder of images, nobody knows how noisy: each of them ends where `descend` alone takes it."""
-  for i in range(3):
-    Image.effect_noise((8, 8), 80).save(tmp_path / f"{i}.png")
-  config.tasks.update(images=str(tmp_path), labels="none")
+  """Nobody knows how noisy, and the noise leads far beyond [−1, 1]: each ends where `descend` alone takes it."""
+  start = 2 * np.random.default_rng(0).normal(size=(3, 8, 8, 1))
+  np.savez(tmp_path / "noisy.npz", x=start)
+  config.tasks.update(images=str(tmp_path / "noisy.npz"), labels="none")
   config.tasks.denoise.gammas = ()
   programs.run("denoise", config, str(run[0]), None)
   assert set(written(run[0], "denoise")["rows"]["unknown"]) == {"evaluations", "norm"}
   found = np.load(run[0] / "denoise" / "denoised.npz")["gamma_unknown"]
   pretrained = eqm_jax.load(run[0])
   make = eqm_jax.implicit_field if config.model.energy == "none" else eqm_jax.energy_field
-  start = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")) for i in range(3)])[..., None] / 127.5 - 1
   row = config.samplers.adaptive
   expected = eqm_jax.descend(
     make(pretrained.model, pretrained.params, np.full(3, 10)), start.astype(np.float32), step_size=row.step_size,
@@ -107,9 +126,6 @@ def test_compose_labels_and_models(run, config, tmp_path):
   x = np.load(run[0] / "compose" / "compose.npz")["x"]
   pretrained, row = eqm_jax.load(run[0]), config.samplers.adaptive
   field_fn = eqm_jax.conditional_field(pretrained.model, pretrained.params, guidance=np.array([1.5, -0.7], np.float32))
-  from eqm_jax.equilibrium.field import bound
-  from eqm_jax.training.state import stream_key
-
   noise = eqm_jax.start_noise(stream_key(config.tasks.seed, "samples"), np.arange(12), (8, 8, 1))
   expected = eqm_jax.descend(
     bound(field_fn, np.tile([3, 8], (12, 1))), noise, step_size=row.step_size, rule=row.rule,
@@ -145,6 +161,8 @@ BAD = {
     ({"compose.weights": (1.0,)}, "'weights': 1"),
     ({"compose.weights": (1.0, float("inf"))}, "not all finite"),
     ({"compose.labels": (3, 12)}, "3..12"),
+    ({"count": 0}, "tasks.count = 0"),
+    ({"batch_size": 0}, "tasks.batch_size = 0"),
     ({"compose.checkpoints": ("", "/nowhere")}, "/nowhere: no such model"),
   ],
   "inpaint": [
@@ -153,7 +171,7 @@ BAD = {
     ({"inpaint.gamma": -1.0}, "gamma = -1"),
     ({"images": "/nowhere"}, "/nowhere: no such folder"),
     ({"labels": "cat"}, "tasks.labels = 'cat'"),
-    ({"sampler": "best"}, "tasks.sampler = 'best' is not one of the samplers"),
+    ({"sampler": "best"}, "tasks.sampler = 'best' is not one of the samplers that descend: gd, nag, adaptive"),
   ],
 }
 
@@ -173,6 +191,44 @@ def test_an_energy_of_an_implicit_model_is_refused(run):
   config.tasks.ood.scores = ("energy",)
   with pytest.raises(ValueError, match="implicit.*‖f‖"):
     programs.run("ood", config, str(run[0]), None)
+
+
+@pytest.mark.parametrize("run", ["none"], indirect=True)
+def test_labels_that_the_model_does_not_know_are_refused(run, tmp_path):
+  np.savez(tmp_path / "a.npz", x=np.zeros((2, 8, 8, 1), np.uint8), label=np.array([3, 12]))
+  config = run[1].copy_and_resolve_references()
+  config.tasks.images = str(tmp_path / "a.npz")
+  with pytest.raises(ValueError, match=r"labels span 3\.\.12"):
+    programs.run("inpaint", config, str(run[0]), None)
+
+
+def test_a_network_that_is_told_the_time_is_refused(tmp_path):
+  config = load_config("digits", "flow_matching")
+  config.model.update(width=16, depth=1, num_heads=2)
+  model = DiT(**config.model)
+  init = jax.jit(model.init)
+  params = init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32), np.zeros(1, int), np.zeros(1))["params"]
+  eqm_jax.save_pretrained(tmp_path / "timed", model, params)
+  for mode in ("denoise", "inpaint", "compose", "ood"):
+    with pytest.raises(ValueError, match="told the time"):
+      programs.run(mode, config, str(tmp_path / "run"), str(tmp_path / "timed"))
+
+
+def test_tasks_on_points_of_the_plane(tmp_path):
+  """Points lie beyond [−1, 1], and are drawn as points."""
+  config = load_config("toy2d", "two_moons-smoke")
+  config.evaluation.samples = 0
+  config.train.steps, config.optimizer.warmup_steps = 2, 1
+  config.tasks.update(count=20, batch_size=20)
+  programs.run("train", config, str(tmp_path), None)
+  np.savez(tmp_path / "points.npz", x=sources.plane("two_moons", 20, seed=3).images)
+  config.tasks.images = str(tmp_path / "points.npz")
+  for mode in ("denoise", "inpaint", "compose", "ood"):
+    programs.run(mode, config, str(tmp_path), None)
+    assert Image.open(tmp_path / mode / f"{mode}.png").size[0] > 600
+  config.tasks.inpaint.mask = "left"
+  with pytest.raises(ValueError, match="no pixel to paint on images of 1×1"):
+    programs.run("inpaint", config, str(tmp_path), None)
 
 
 @pytest.mark.parametrize("run", ["none"], indirect=True)

@@ -100,7 +100,7 @@ def test_a_share_at_gamma_one_has_nothing_to_learn_but_rest():
     ({"model.energy": "dot", "objective.kind": "flow_matching"}, "needs objective.kind = 'equilibrium'"),
     ({"model.energy": "dot", "objective.dispersive_weight": 0.5}, "dispersive_weight is for implicit"),
     ({"objective.second_order": "sideways"}, "second_order = 'sideways' is not one of"),
-    ({"objective.clean_share": 1.5}, "clean_share = 1.5"),
+    ({"objective.clean_share": 1.0}, "clean_share = 1.0 must lie in"),
     ({"train.init_from": "nowhere"}, "nowhere: no such model"),
   ],
 )
