@@ -1,7 +1,7 @@
 """Tests the paper's claims on scikit-learn's digits: three seeds of every model, one HTML page.
 
 Command:   python -m eqm_jax.main --config=configs/report.py --workdir=runs/report --mode=report
-Hardware:  two CPU cores, 4 GiB: about an hour; killed, it goes on claim by claim and step by step.
+Hardware:  two CPU cores, 4 GiB: about an hour and a half; killed, it goes on claim by claim and step by step.
            configs/report.py:quick goes the same way with networks that hardly learn, in minutes.
 Expected:  runs/report/index.html, with its figures and report.json.
 

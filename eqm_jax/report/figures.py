@@ -32,15 +32,15 @@ def lines(
   _save(figure, path)
 
 
-def bars(path: str, series: Mapping[str, Sequence[float]], *, ylabel: str):
+def bars(path: str, series: Mapping[str, Sequence[float]], *, label: str):
   """One bar for each name, the mean over seeds, every seed as a dot."""
   figure, panel = _figure()
   names = list(series)
-  panel.bar(names, [np.mean(series[name]) for name in names], color="tab:blue", alpha=0.5)
+  panel.barh(names, [np.mean(series[name]) for name in names], color="tab:blue", alpha=0.5)
   for place, name in enumerate(names):
-    panel.plot([place] * len(series[name]), series[name], "k.", markersize=5)
-  panel.set(ylabel=ylabel)
-  panel.tick_params(axis="x", labelrotation=20)
+    panel.plot(series[name], [place] * len(series[name]), "k.", markersize=5)
+  panel.invert_yaxis()
+  panel.set(xlabel=label)
   _save(figure, path)
 
 

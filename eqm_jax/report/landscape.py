@@ -89,7 +89,7 @@ def outlier_detection(lab: Lab) -> dict[str, Any]:
       for kind, images in kinds.items():
         found[title][kind].append(ood.auroc(inside, score(images)))
   means = {title: np.mean(list(by_kind.values()), axis=0) for title, by_kind in found.items()}
-  figures.bars(os.path.join(lab.directory, "ood.png"), means, ylabel="AUROC, mean over kinds")
+  figures.bars(os.path.join(lab.directory, "ood.png"), means, label="AUROC, mean over kinds")
   pictures.grid(np.concatenate([images[:SHOWN] for images in (inside_N, *kinds.values())]), SHOWN).save(
     os.path.join(lab.directory, "ood_images.png")
   )

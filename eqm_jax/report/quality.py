@@ -38,7 +38,7 @@ def baselines(lab: Lab) -> dict[str, Any]:
   figures.bars(
     os.path.join(lab.directory, "baselines.png"),
     {name: scores["frechet"] for name, scores in found.items()},
-    ylabel="Fréchet distance",
+    label="Fréchet distance",
   )
   best = {
     model: min((found[title]["frechet"] for title, (name, _) in ways.items() if name == model), key=np.mean)
@@ -81,7 +81,7 @@ def schedules(lab: Lab) -> dict[str, Any]:
   figures.bars(
     os.path.join(lab.directory, "schedules.png"),
     {name: scores["frechet"] for name, scores in found.items()},
-    ylabel="Fréchet distance",
+    label="Fréchet distance",
   )
   truncated, *others = (scores["frechet"] for scores in found.values())
   return {
@@ -135,7 +135,7 @@ def energies(lab: Lab) -> dict[str, Any]:
   figures.bars(
     os.path.join(lab.directory, "energies.png"),
     {name: scores["frechet"] for name, scores in found.items()},
-    ylabel="Fréchet distance",
+    label="Fréchet distance",
   )
   implicit, dot, l2, _ = (scores["frechet"] for scores in found.values())
   verdicts = [ahead(implicit, dot), ahead(implicit, l2), ahead(dot, l2)]

@@ -59,8 +59,10 @@ def compose(
     images[name] = draw(row, alone, min(SHOWN, config.tasks.count), batching, name)
   report = {"sampler": row.to_dict(), "terms": [{"label": label, "weight": weight} for *_, label, weight in terms]}
   if config.evaluation.label_agreement:
-    real, x = inputs.first_images(source, len(source)), images["sum"].x
-    seen_N = agreement.Classifier(real, source.labels).predict(np.clip(x, -1, 1) if evaluate.is_pixels(source) else x)
+    real, x = inputs.first_images(source, inputs.MANY), images["sum"].x
+    seen_N = agreement.Classifier(real, source.labels[: len(real)]).predict(
+      np.clip(x, -1, 1) if evaluate.is_pixels(source) else x
+    )
     report["seen_as"] = {str(label): float(np.mean(seen_N == label)) for label in range(source.num_classes)}
   result = images.pop("sum")
   report["evaluations"] = float(result.evaluations_B.mean())

@@ -58,7 +58,7 @@ def inpaint(
 
   result = samplers.in_batches("inpaint", part, len(given.image_N), batching)
   painted = np.broadcast_to(mask, result.x.shape) > 0
-  mean_N = np.broadcast_to(inputs.first_images(source, len(source)).mean(axis=0), result.x.shape)
+  mean_N = np.broadcast_to(inputs.first_images(source, inputs.MANY).mean(axis=0), result.x.shape)
   report = {
     "sampler": row.to_dict(),
     "images": len(result.x),

@@ -12,6 +12,8 @@ from eqm_jax.equilibrium.labels import checked_labels
 from eqm_jax.evaluation import evaluate, pictures, plane, sample, samplers
 from eqm_jax.networks.dit import DiT
 
+MANY = 10_000  # samples that stand for a whole data set, where it is larger
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:

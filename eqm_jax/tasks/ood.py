@@ -91,7 +91,7 @@ def make_score(name: str, model: DiT, params: Any, source: Source, batching: sam
   if name not in SCORES:
     raise ValueError(f"tasks.ood.scores: {name!r} is not known: choose from {', '.join(SCORES)}")
   if name == "mahalanobis":
-    real = inputs.first_images(source, len(source))
+    real = inputs.first_images(source, inputs.MANY)
     gaussian = sklearn.covariance.LedoitWolf().fit(real.reshape(len(real), -1))
     return lambda images: np.sqrt(gaussian.mahalanobis(images.reshape(len(images), -1)))
   if model.time_input:
