@@ -37,7 +37,7 @@ setuptools.setup(
     "tqdm",
   ],
   extras_require={
-    "test": ["chex", "hypothesis", "pytest", "ruff"],
+    "test": ["chex", "hypothesis", "pytest", "pytest-xdist", "ruff"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "plan": ["libtpu"],

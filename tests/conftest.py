@@ -1,11 +1,8 @@
 """Shared fixtures: configs by name, the authors' numbers, and a model small enough to compile often."""
 
-import os
 import pathlib
 import runpy
-import tempfile
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -13,16 +10,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADS = {"eqm_tiny": 4, "eqm_tiny_p4": 3}  # what the .pt files cannot tell
-
-
-_COMPILED = tempfile.TemporaryDirectory(prefix="eqm_jax_compiled_")
-
-
-def pytest_configure(config):
-  """What one test compiled no other compiles, nor do the processes that tests start."""
-  for name, value in {"compilation_cache_dir": _COMPILED.name, "persistent_cache_min_compile_time_secs": 0.1}.items():
-    os.environ[f"JAX_{name.upper()}"] = str(value)
-    jax.config.update(f"jax_{name}", value)
 
 
 def load_config(name: str, variant: str = "") -> ml_collections.ConfigDict:

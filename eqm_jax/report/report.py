@@ -54,7 +54,7 @@ def report(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
       report with another one.
   """
   _check(config, workdir, mesh)
-  with _quiet_and_cached(os.path.join(workdir, "compiled")):
+  with _quiet():
     _report(config, workdir, mesh)
 
 
@@ -85,19 +85,17 @@ def _report(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
 
 
 @contextlib.contextmanager
-def _quiet_and_cached(directory: str) -> Iterator[None]:
-  """Trainings and samplings say nothing of their own, and what differs in its seed alone compiles once."""
+def _quiet() -> Iterator[None]:
+  """Trainings and samplings say nothing of their own: one line for each model and claim is enough."""
   packages = [logging.getLogger(f"eqm_jax.{name}") for name in ("training", "evaluation")]
-  levels, cache = [package.level for package in packages], jax.config.jax_compilation_cache_dir
+  levels = [package.level for package in packages]
   try:
     for package in packages:
       package.setLevel(logging.ERROR)
-    jax.config.update("jax_compilation_cache_dir", directory)
     yield
   finally:
     for package, level in zip(packages, levels):
       package.setLevel(level)
-    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 # The least of each option of which every claim can be made.

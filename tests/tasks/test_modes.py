@@ -171,7 +171,7 @@ BAD = {
     ({"inpaint.gamma": -1.0}, "gamma = -1"),
     ({"images": "/nowhere"}, "/nowhere: no such folder"),
     ({"labels": "cat"}, "tasks.labels = 'cat'"),
-    ({"sampler": "best"}, "tasks.sampler = 'best' is not one of the samplers that descend: gd, nag, adaptive"),
+    ({"sampler": "best"}, "tasks.sampler = 'best' is not one of the samplers that descend: adaptive, gd, nag"),
   ],
 }
 
