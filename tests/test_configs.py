@@ -107,7 +107,13 @@ def dead_keys(config: ml_collections.ConfigDict) -> Iterator[list[str]]:
 TASKS = ("denoise", "ood", "compose", "inpaint")
 
 
-@pytest.mark.parametrize("small, modes", [(small_digits, TASKS), (small_imagenet, ())], ids=["digits", "imagenet256"])
+@pytest.mark.parametrize(
+  "small, modes",
+  [
+    pytest.param(small_digits, TASKS, id="digits"),
+    pytest.param(small_imagenet, (), id="imagenet256", marks=pytest.mark.slow),
+  ],
+)
 def test_every_key_is_read_by_a_run(small, modes, tmp_path):
   config = small(tmp_path)
   with dead_keys(config) as dead:

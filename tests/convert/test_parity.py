@@ -91,7 +91,8 @@ def losses(reference, model, params, data, noise, gamma, label):
   losses = [("none", implicit(0.0)), ("none_disp", implicit(0.5))]
   # That both orders of differentiation agree is tested elsewhere; here the other one of each network.
   order = "reverse_over_reverse" if reference.name == "eqm_tiny" else "forward_over_reverse"
-  losses += [(form, explicit(form, energy.SECOND_ORDER[order])) for form in ("dot", "l2")]
+  forms = ("dot", "l2") if data.dtype == jnp.float64 or reference.name == "eqm_tiny" else ()
+  losses += [(form, explicit(form, energy.SECOND_ORDER[order])) for form in forms]
   for name, loss in losses:
     (total, (loss_B, dispersive)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     rows.append((f"loss_{name}", total, reference[f"loss_{name}"]))
@@ -124,8 +125,7 @@ def test_every_array_agrees(reference, dtype, tolerance):
   assert not wrong
   compared = {name for name, _, _ in rows}
   inputs = {"x", "y", "y_guided", "gamma", "z", "eta", "mu", "config"}
-  left = [
-    key for key in reference.arrays
-    if key not in compared | inputs and not key.startswith("train_")
-  ]  # fmt: skip
+  # The second derivatives of the second network are compared in float64 alone: they take long to compile.
+  skipped = ("train_", "loss_", "grad_") if dtype == np.float32 and reference.name == "eqm_tiny_p4" else ("train_",)
+  left = [key for key in reference.arrays if key not in compared | inputs and not key.startswith(skipped)]
   assert not left, f"not compared: {left}"

@@ -75,6 +75,7 @@ def test_denoise(run, config):
   assert np.load(run[0] / "denoise" / "denoised.npz")["gamma_0.9"].shape == (12, 8, 8, 1)
 
 
+@pytest.mark.parametrize("run", ["none"], indirect=True)
 def test_denoise_what_is_noisy_already(run, config, tmp_path):
   """Nobody knows how noisy, and the noise leads far beyond [−1, 1]: each ends where `descend` alone takes it."""
   start = 2 * np.random.default_rng(0).normal(size=(3, 8, 8, 1))
@@ -117,6 +118,7 @@ def test_ood(run, config, tmp_path):
     np.testing.assert_allclose(scores["energy_data"][:3], energy_fn(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("run", ["none"], indirect=True)
 def test_compose_labels_and_models(run, config, tmp_path):
   """Two labels of one model in one sum are what guidance with two conditions gives."""
   config.tasks.compose.update(labels=(3, 8), weights=(1.5, -0.7), checkpoints=("", str(run[0])))
@@ -134,6 +136,7 @@ def test_compose_labels_and_models(run, config, tmp_path):
   np.testing.assert_allclose(x, expected.x, atol=1e-3)
 
 
+@pytest.mark.parametrize("run", ["none"], indirect=True)
 def test_inpaint(run, config, tmp_path):
   mask = np.zeros((8, 8))
   mask[2:5, 2:] = 1
