@@ -133,6 +133,7 @@ def test_every_key_is_read_by_a_run(small, modes, tmp_path):
   assert all(np.isfinite(row["frechet"]) for row in report["rows"].values())
 
 
+@pytest.mark.slow  # CI runs the whole report in its short form
 def test_every_key_of_the_report_is_read(tmp_path, monkeypatch):
   monkeypatch.setattr(runs, "CHANGES", {name: runs.CHANGES[name] for name in ("eqm", "flow_matching")})
   monkeypatch.setattr(report, "CLAIMS", {"denoising": report.CLAIMS["denoising"]})
