@@ -140,10 +140,9 @@ def _source(config) -> sources.Source:
 
 
 def _batching(config, options) -> samplers.Batching:
-  equilibrium = config.objective.kind == "equilibrium"
   return samplers.Batching(
     mesh=sharding.make_mesh(**config.mesh),
     batch_size=options.batch_size,
     key=state.stream_key(options.seed, "samples"),
-    multiplier=config.objective.schedule.multiplier if equilibrium else 1.0,
+    multiplier=evaluate.schedule_of(config).multiplier,
   )

@@ -98,6 +98,5 @@ def _read_npz(path: str, shape, count: int, in_pixels: bool, bounded: bool) -> t
   labels = found.get("label", found.get("arr_1"))
   if labels is not None and (labels.shape != (len(found[name]),) or not np.issubdtype(labels.dtype, np.integer)):
     raise ValueError(f"{path}: labels are {labels.dtype}{list(labels.shape)}: give one integer for each image")
-  return to_float(found[name], f"{path}: {name}", in_pixels, bounded), None if labels is None else labels.astype(
-    np.int32
-  )
+  images = to_float(found[name], f"{path}: {name}", in_pixels, bounded)
+  return images, None if labels is None else labels.astype(np.int32)

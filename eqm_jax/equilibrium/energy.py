@@ -51,6 +51,11 @@ def energy(model: Any, params: Any, label_B: jax.Array, form: str | None = None)
   return Energy(params, checked_labels(label_B, model.num_classes), model, checked_form(model, form))
 
 
+def is_energy(model: Any) -> bool:
+  """Whether the model was built as an energy, so that its own answer is not the field."""
+  return getattr(model, "energy", "none") != "none"
+
+
 def checked_form(model: Any, form: str | None) -> str:
   """The form of a model's energy.
 
@@ -58,14 +63,14 @@ def checked_form(model: Any, form: str | None) -> str:
     ValueError: for an unknown form, one that the model cannot have, or None with a
       model that is a field and no energy.
   """
-  built = getattr(model, "energy", "none")
-  if form is None and built == "none":
+  if form is None and not is_energy(model):
     raise ValueError(
       "this model is implicit: it gives a field and no energy. Use the length of its field, ‖f‖, as a score instead; "
       "give form='dot' or 'l2' to make an energy of its answer anyway; or train one with model.energy='dot'"
     )
   if form is not None and form not in FORMS:
     raise ValueError(f"form = {form!r} is not an energy: choose one of {', '.join(FORMS)}")
+  built = getattr(model, "energy", "none")
   if form is not None and built != form and (built != "none" or form == "scalar"):
     raise ValueError(f"form = {form!r}, but the model was built with energy = {built!r}: they must be the same")
   return form or built

@@ -101,13 +101,8 @@ def conditional_field(
     interval=None if plain or guidance_interval is None else jnp.asarray(guidance_interval, jnp.float32),
     model=model,
     channels=channels,
-    form=energy.checked_form(model, form) if form or is_energy(model) else None,
+    form=energy.checked_form(model, form) if form or energy.is_energy(model) else None,
   )
-
-
-def is_energy(model: Any) -> bool:
-  """Whether the model was built as an energy, so that its own answer is not the field."""
-  return getattr(model, "energy", "none") != "none"
 
 
 @flax.struct.dataclass
@@ -142,7 +137,7 @@ def implicit_field(
     ValueError: if a label or channel does not exist, the scale has another shape, or
       the model is an energy, whose own answer is not the field.
   """
-  if is_energy(model):
+  if energy.is_energy(model):
     raise ValueError(
       f"this model was trained as an energy ({model.energy!r}): its gradient is the field, not its answer. "
       "Use energy_field or conditional_field"

@@ -2,8 +2,8 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import matplotlib.axes
 import matplotlib.backends.backend_agg
 import matplotlib.figure
 import numpy as np
@@ -38,34 +38,34 @@ def animation(frames: Sequence[Image.Image], path: str, *, milliseconds: int = 1
 
 def evaluations_histogram(evaluations: np.ndarray, budget: int, title: str) -> Image.Image:
   """How many network calls the samples used, against the budget."""
-  figure, axes = _figure()
+  drawn, axes = figure(6, 3)
   axes.hist(evaluations, bins=range(0, budget + 6, 5), color="tab:blue")
   axes.axvline(evaluations.mean(), color="black", label=f"mean {evaluations.mean():.0f}")
   axes.axvline(budget, color="tab:red", linestyle="--", label=f"budget {budget}")
   axes.set(xlabel="evaluations used by a sample", ylabel="samples", title=title)
   axes.legend()
-  return rendered(figure)
+  return rendered(drawn)
 
 
 def score_boxes(groups: Mapping[str, np.ndarray], label: str) -> Image.Image:
   """The scores [N] of several kinds of images, as boxes from quartile to quartile."""
-  figure, axes = _figure()
+  drawn, axes = figure(6, 3)
   axes.boxplot(list(groups.values()), tick_labels=list(groups), orientation="horizontal", showfliers=False)
   axes.invert_yaxis()
   axes.set(xlabel=label)
-  return rendered(figure)
+  return rendered(drawn)
 
 
 def norm_curves(norms_KxB: np.ndarray, evaluations_B: np.ndarray, threshold: float) -> Image.Image:
   """‖f‖ of some samples at each of their evaluations, as far as they went."""
-  figure, axes = _figure()
+  drawn, axes = figure(6, 3)
   for norm_K, evaluations in zip(norms_KxB.T, evaluations_B):
     axes.plot(np.arange(1, evaluations + 1), norm_K[:evaluations], linewidth=1)
   if threshold > 0:
     axes.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:g}")
     axes.legend()
   axes.set(xlabel="evaluation", ylabel="‖f‖", yscale="log")
-  return rendered(figure)
+  return rendered(drawn)
 
 
 def _to_rgb(images: np.ndarray) -> np.ndarray:
@@ -73,10 +73,11 @@ def _to_rgb(images: np.ndarray) -> np.ndarray:
   return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
 
 
-def _figure() -> tuple[matplotlib.figure.Figure, matplotlib.axes.Axes]:
-  figure = matplotlib.figure.Figure(figsize=(6, 3), layout="constrained")
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  return figure, figure.subplots()
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[matplotlib.figure.Figure, Any]:
+  """A diagram in inches and its axes, [rows, columns] of them if more than one; no display is needed."""
+  drawn = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+  matplotlib.backends.backend_agg.FigureCanvasAgg(drawn)
+  return drawn, drawn.subplots(rows, columns)
 
 
 def rendered(figure: matplotlib.figure.Figure) -> Image.Image:

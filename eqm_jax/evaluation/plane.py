@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import matplotlib.axes
-import matplotlib.backends.backend_agg
-import matplotlib.figure
 import ml_collections
 import numpy as np
 import scipy.sparse
@@ -54,14 +52,12 @@ def draw(
   guided = field.conditional_field(model, params, **samplers.guidance_of(row))
   walkers = {"network": field.bound(guided, label_B), "oracle": fields["oracle"]}
 
-  figure = matplotlib.figure.Figure(figsize=(12, 8.2), layout="constrained")
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  panels = figure.subplots(2, 3)
+  figure, panels = pictures.figure(12, 8.2, rows=2, columns=3)
   line = np.linspace(-REACH, REACH, CELLS)
   grid_GxGx2 = np.stack(np.meshgrid(line, line), axis=-1).astype(np.float32)
   for (name, field_fn), (left, middle, right) in zip(fields.items(), panels):
     f_GxGx2 = _on_grid(field_fn, grid_GxGx2)
-    if name == "network" and field.is_energy(model):
+    if name == "network" and energy.is_energy(model):
       values = energy.energies(model, model.energy, params, grid_GxGx2.reshape(-1, *SHAPE), nulls)
       energy_GxG = np.asarray(values).reshape(CELLS, CELLS)
       title = f"energy ({model.energy})"
@@ -85,9 +81,7 @@ def draw(
 
 def scatter(points_N: np.ndarray, real_N: np.ndarray | None = None) -> Image.Image:
   """Points [N, 1, 1, 2], over the real ones if they are given."""
-  figure = matplotlib.figure.Figure(figsize=(4, 4), layout="constrained")
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  panel = figure.subplots()
+  figure, panel = pictures.figure(4, 4)
   if real_N is not None:
     panel.plot(*real_N.reshape(-1, 2)[:3000].T, ".", color="tab:orange", markersize=2)
   panel.plot(*points_N.reshape(-1, 2).T, "k.", markersize=2)

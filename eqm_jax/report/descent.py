@@ -95,8 +95,11 @@ def integrated(
   batching = lab.batching(trained)
 
   def part(index_B):
-    noise = sampler.start_noise(batching.key, index_B, trained.model.input_shape)
-    start, label = batching.place((noise if start_N is None else start_N[index_B], label_N[index_B]))
+    if start_N is None:
+      start = sampler.start_noise(batching.key, index_B, trained.model.input_shape)
+    else:
+      start = start_N[index_B]
+    start, label = batching.place((start, label_N[index_B]))
     return integrators.integrate(field_fn, start, label, solver="euler", steps=lab.options.evaluations, timed=True).x
 
   return samplers.in_batches("flow matching", part, len(label_N), batching)

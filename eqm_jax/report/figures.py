@@ -4,9 +4,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.backends.backend_agg
 import matplotlib.figure
 import numpy as np
+
+from eqm_jax.evaluation import pictures
+
+SIZE = 6.4, 3.4  # inches
 
 
 def lines(
@@ -19,7 +22,7 @@ def lines(
   **axes: Any,
 ):
   """One line for each series, [X][seeds]; `axes` are settings such as xscale="log"."""
-  figure, panel = _figure()
+  figure, panel = pictures.figure(*SIZE)
   for name, values in series.items():
     values_XxS = np.asarray(values, np.float64)
     mean, deviation = values_XxS.mean(axis=1), values_XxS.std(axis=1)
@@ -34,7 +37,7 @@ def lines(
 
 def bars(path: str, series: Mapping[str, Sequence[float]], *, label: str):
   """One bar for each name, the mean over seeds, every seed as a dot."""
-  figure, panel = _figure()
+  figure, panel = pictures.figure(*SIZE)
   names = list(series)
   panel.barh(names, [np.mean(series[name]) for name in names], color="tab:blue", alpha=0.5)
   for place, name in enumerate(names):
@@ -46,7 +49,7 @@ def bars(path: str, series: Mapping[str, Sequence[float]], *, label: str):
 
 def histogram(path: str, groups: Mapping[str, np.ndarray], *, xlabel: str, lines: Mapping[str, float] | None = None):
   """Several distributions over each other, and vertical lines."""
-  figure, panel = _figure()
+  figure, panel = pictures.figure(*SIZE)
   low = min(values.min() for values in groups.values())
   high = max(max(values.max() for values in groups.values()), low + 1e-6)  # also if all values are one
   for name, values in groups.items():
@@ -56,12 +59,6 @@ def histogram(path: str, groups: Mapping[str, np.ndarray], *, xlabel: str, lines
   panel.set(xlabel=xlabel, ylabel="share", yticks=[])
   panel.legend()
   _save(figure, path)
-
-
-def _figure():
-  figure = matplotlib.figure.Figure(figsize=(6.4, 3.4), layout="constrained")
-  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-  return figure, figure.subplots()
 
 
 def _save(figure: matplotlib.figure.Figure, path: str):

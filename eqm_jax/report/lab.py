@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 
 from eqm_jax.data import sources
 from eqm_jax.equilibrium import field
-from eqm_jax.evaluation import agreement, distances, samplers
-from eqm_jax.report.runs import Runs, Trained
+from eqm_jax.evaluation import agreement, distances, evaluate, samplers
+from eqm_jax.report.runs import EXPECTED, Runs, Trained
 from eqm_jax.training import state
 
 HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
-LAMBDA = 4.0  # of the step sizes below; a field with another λ gets η·4/λ, the same way
+LAMBDA = EXPECTED["objective.schedule.multiplier"]  # of report.step_size; a field with another λ gets η·LAMBDA/λ
 
 
 class Lab:
@@ -58,8 +58,7 @@ class Lab:
 
   def multiplier(self, trained: Trained) -> float:
     """λ of a model."""
-    flow_matching = trained.config.objective.kind == "flow_matching"
-    return 1.0 if flow_matching else trained.config.objective.schedule.multiplier
+    return evaluate.schedule_of(trained.config).multiplier
 
   def batching(self, trained: Trained) -> samplers.Batching:
     """How samples of a model are drawn: with keys of its own seed."""

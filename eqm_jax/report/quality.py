@@ -15,8 +15,6 @@ from eqm_jax.report.lab import Lab, ahead, in_parts, jointly, spread
 from eqm_jax.training import state, train
 
 REPEATS = 7  # of a timed step; the median counts
-
-
 MULTIPLES = (0.5, 1, 2, 4)  # of the step size, where each c(γ) has its best
 
 

@@ -22,7 +22,7 @@ from eqm_jax.evaluation import samplers
 from eqm_jax.files import read_json, write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.report import descent, landscape, page, quality, runs
-from eqm_jax.report.lab import Claim, Lab
+from eqm_jax.report.lab import LAMBDA, Claim, Lab
 from eqm_jax.training import train
 
 # Each with about how long it takes, the training of one implicit model being 1.
@@ -115,9 +115,7 @@ def _check(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
       raise ValueError(
         f"{name} = {given!r}, but the report's claims are about {expected!r}, and what is compared with it"
       )
-  batching = samplers.Batching(
-    mesh, options.batch_size, jax.random.key(0), runs.EXPECTED["objective.schedule.multiplier"]
-  )
+  batching = samplers.Batching(mesh, options.batch_size, jax.random.key(0), LAMBDA)
   row = next(iter(config.samplers.values())).copy_and_resolve_references()
   row.update(step_size=options.step_size, threshold=options.threshold, max_evaluations=options.evaluations)
   samplers.check("of the report", row, DiT(**config.model), batching)

@@ -87,10 +87,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
   # ---------------------------------------------------------------- one step
   learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
 
-  steps_key = state_lib.stream_key(config.seed, "steps")  # an argument: runs that differ in it alone compile once
-
-  def step_fn(state, batch, steps_key):
-    key = jax.random.fold_in(steps_key, state.step)
+  def step_fn(state, batch):
+    key = jax.random.fold_in(state_lib.stream_key(config.seed, "steps"), state.step)
     loss_fn = functools.partial(batch_loss, model, config.objective, schedule, batch, key)
     loss, gradient = jax.value_and_grad(loss_fn)(state.params)
     updated = state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay)
@@ -123,7 +121,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     pending = None
     for step in range(first_step + 1, steps + 1):
       batch = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, batch_sharding), next(data))
-      state, scalars = step_fn(state, batch, steps_key)
+      state, scalars = step_fn(state, batch)
       if pending:
         report(*pending)
       pending = step, scalars
@@ -159,7 +157,7 @@ def batch_loss(
   label_B = jnp.where(dropped_B, model.num_classes, batch["label"])
 
   def field_fn(x_BxHxWxC, *gamma):  # → f, and the tokens for the dispersive loss
-    if model.energy != "none":
+    if energy.is_energy(model):
       return energy.SECOND_ORDER[config.second_order](model, model.energy, params, x_BxHxWxC, label_B), None
     return model.apply({"params": params}, x_BxHxWxC, label_B, *gamma, return_tokens=True)
 
@@ -190,8 +188,8 @@ def _warm_start(path: str, model: DiT, shapes: Any) -> Any:
     there, here = (tree[name].shape if name in tree else "absent" for tree in (theirs, ours))
     if there != here:
       raise ValueError(
-        f"train.init_from = {path!r}: parameter {jax.tree_util.keystr(name, simple=True, separator='/')} is {there} "
-        f"there and {here} in this model: the attributes that shape the two networks must be the same"
+        f"train.init_from = {path!r}: parameter {sharding.path_name(name)} is {there} there and "
+        f"{here} in this model: the attributes that shape the two networks must be the same"
       )
   if model.energy == "l2" and not any(np.any(leaf) for leaf in jax.tree.leaves(loaded.params["final_out"])):
     raise ValueError(f"train.init_from = {path!r} has an output layer of zeros, {_NO_GRADIENT}")
