@@ -34,10 +34,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
   config.data = config_dict.create(
-    source="digits",  # "digits", "plane" or "latents"
+    source="digits",  # one of data/sources.py
     options=config_dict.create(part="all"),  # "all", "train" (5 of 6 images) or "test" (the sixth)
     flip=False,  # mirror half of the images: a mirrored digit is no digit
     threads=2,  # that read ahead
+    workers=0,  # processes that read; 0: this one
+  )
+  config.autoencoder = config_dict.create(  # of models of latents
+    path="",  # "": the samples are pixels, nothing is decoded
+    name="",  # which it is, your word; recorded wherever its latents go
+    sha256="",  # of its parameters, where they must be certain ones
+    dtype="float32",  # of its convolutions: "float32" or "bfloat16"
+    batch_size=32,  # images that it takes at a time
   )
   config.model = config_dict.create(  # the attributes of networks.dit.DiT
     input_size=8,  # pixels

@@ -1,16 +1,19 @@
 """EqM-XL/2 on ImageNet 256×256 in the latent space of Stable Diffusion's autoencoder.
 
-Command:   python -m eqm_jax.main --config=configs/imagenet256.py --workdir=runs/xl2 \
-               --config.data.options.path=/data/imagenet256_latents
-           Variants: imagenet256.py:B/2, :L/2, :XL/2 (the default); :S/2 and patches 4 and 8 as well.
+Command:   python -m eqm_jax.main --config=configs/imagenet256.py --workdir=runs/xl2
+           on every host of the slice. It encodes the images into a cache, trains from that and
+           goes on where it was when started again. --mode=prepare encodes only.
+           Variants: imagenet256.py:B/2, :L/2, :XL/2 (the default); :S/2 and patches 4 and 8 as
+           well. With "-tfds" after it, the images are those of a TFDS build; with "-online" they
+           are encoded in each step, without a cache.
 Hardware:  a TPU slice or GPUs; not run by us yet. XL/2 takes 0.71 TFLOP per image and step, so
            7.0 million steps of 256 (1,400 epochs) take an estimated 56 hours at half of the
            peak of 64 v5e chips (197 TFLOP/s each, bfloat16). State: 10.8 GB, split by fsdp.
 Expected:  the paper's figures (FID of 50,000 samples). XL/2, 1,400 epochs, with guidance: 1.90.
            B/2, 80 epochs (400,000 steps), without guidance: 32.85. The loss of B/2 flattens near
            10.3; that is normal, see `relative_loss` in the metrics.
-Data:      a directory with mean.npy, logvar.npy [1281167, 2, 32, 32, 4] (the posterior of each
-           centre-cropped image and of its mirror image, unscaled) and label.npy [1281167].
+Data:      docs/data.md tells what to download: the images to data/imagenet/train, Stable
+           Diffusion's autoencoder to data/sd-vae-ft-ema.
 """
 
 import ml_collections
@@ -18,28 +21,60 @@ from ml_collections import config_dict
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 PATCHES = ("2", "4", "8")
+KINDS = ("", "tfds", "online")
 
 
 def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
-  """Variants: "size/patch"; below XL the 80 epochs of the paper's ablations instead of 1,400."""
-  size, _, patch = variant.partition("/")
-  if size not in SIZES or patch not in PATCHES:
-    raise ValueError(f"configs/imagenet256.py has no variant {variant!r}: choose S, B, L or XL, a slash, and 2, 4 or 8")
+  """Variants: "size/patch"; below XL the 80 epochs of the paper's ablations instead of 1,400.
+
+  "size/patch-tfds" reads the images from a TFDS build; "size/patch-online" encodes them in each training step, without
+  a cache.
+  """
+  model, _, kind = variant.partition("-")
+  size, _, patch = model.partition("/")
+  if size not in SIZES or patch not in PATCHES or kind not in KINDS:
+    raise ValueError(
+      f"configs/imagenet256.py has no variant {variant!r}: choose S, B, L or XL, a slash, 2, 4 or 8, "
+      "and maybe -tfds or -online"
+    )
   depth, width, num_heads = SIZES[size]
+  online = kind == "online"
   largest = size == "XL"
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
+  images = dict(path="data/imagenet/train", size=256, channels=3)  # one directory for each class
+  if kind == "tfds":
+    images = dict(name="imagenet2012", path="data/tfds", split="train", size=256, channels=3)
+  images = config_dict.create(**images)
   config.data = config_dict.create(
-    source="latents",  # "digits", "plane" or "latents"
-    options=config_dict.create(  # arguments of the source
-      path="data/imagenet256_latents",  # directory with mean.npy, logvar.npy, label.npy
-      scale=0.18215,  # of sd-vae-ft-ema's latents, to about unit variance
-      num_classes=1000,
+    source="folder" if online else "latents",  # one of data/sources.py
+    options=images
+    if online
+    else config_dict.create(
+      path="data/imagenet256_latents",  # of the cache, 43 GB; made when it is not there
+      verify=False,  # read it once and compare the checksums; --mode=prepare does
     ),
-    flip=True,  # use the mirror image's moments half of the time
+    flip=True,  # mirror half of the images; of latents, use the mirror image's moments
     threads=16,  # that read ahead
+    workers=0,  # processes that read; 0: this one
   )
+  config.autoencoder = config_dict.create(
+    path="data/sd-vae-ft-ema",  # "": samples stay latents, and nothing can be encoded
+    name="ema",  # which it is: "ema" or "mse" of Stable Diffusion's; recorded wherever its latents go
+    sha256="",  # of its parameters, where they must be certain ones
+    dtype="bfloat16" if online else "float32",  # of its convolutions; what is encoded once is encoded exactly
+    batch_size=32,  # images that it takes at a time
+  )
+  if not online:
+    config.prepare = config_dict.create(  # of the cache
+      source=kind or "folder",  # one of data/sources.py that has images
+      options=images,  # its arguments
+      dtype="float16",  # of the moments: "float16" or "bfloat16"
+      images_per_shard=2048,  # 67 MB
+      threads=32,  # that read ahead
+      skip_damaged=False,  # leave damaged images out, and count them; False: stop at the first
+    )
   config.model = config_dict.create(  # the attributes of networks.dit.DiT
     input_size=32,  # latent pixels: 256 / 8
     channels=4,
@@ -100,8 +135,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     adaptive=_row(threshold=10.0),
   )
   config.evaluation = config_dict.create(
-    # 0: none. The distance is that of latents; there is no decoder and no Inception here yet.
-    samples=0,
+    samples=0,  # 0: none. The distance is that of latents, there is no Inception here yet
     batch_size=256,  # samples in flight
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
@@ -110,7 +144,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     timed=(),  # samplers whose speed is compared: drawn again in turn, the median time is reported
     repeats=3,  # how often
   )
-  config.sample = config_dict.create(  # of --mode=sample; latents, with their first three channels as pictures
+  config.sample = config_dict.create(  # of --mode=sample
     sampler="nag",  # one of the samplers
     count=100,  # samples
     labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn

@@ -33,10 +33,18 @@ def get_config(variant: str = "two_moons") -> ml_collections.ConfigDict:
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
   config.data = config_dict.create(
-    source="plane",  # "digits", "plane" or "latents"
+    source="plane",  # one of data/sources.py
     options=config_dict.create(kind=points, count=4096, seed=0),  # arguments of the source
     flip=False,  # mirror half of the images
     threads=2,  # that read ahead
+    workers=0,  # processes that read; 0: this one
+  )
+  config.autoencoder = config_dict.create(  # of models of latents
+    path="",  # "": the samples are pixels, nothing is decoded
+    name="",  # which it is, your word; recorded wherever its latents go
+    sha256="",  # of its parameters, where they must be certain ones
+    dtype="float32",  # of its convolutions: "float32" or "bfloat16"
+    batch_size=32,  # images that it takes at a time
   )
   config.model = config_dict.create(  # the attributes of networks.dit.DiT
     input_size=1,  # a point is an image of one pixel

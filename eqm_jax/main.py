@@ -10,9 +10,9 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); file.py:variant chooses a variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, results.")
-MODES = ["train", "evaluate", "sample", "denoise", "ood", "compose", "inpaint", "report"]
+MODES = ["prepare", "train", "evaluate", "sample", "denoise", "ood", "compose", "inpaint", "report"]
 MODE = flags.DEFINE_enum(
-  "mode", "train", MODES, "train: to the end, then evaluate. report: trains its own. Others: use."
+  "mode", "train", MODES, "prepare: encode images. train: to the end, then evaluate. report: trains its own."
 )
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model to use if not the workdir's: anything eqm_jax.load reads.")
 flags.mark_flags_as_required(["config", "workdir"])

@@ -6,11 +6,13 @@ import os
 import ml_collections
 
 from eqm_jax.data import sources
+from eqm_jax.data.codec import check_same_autoencoder
+from eqm_jax.data.samples import Source
 from eqm_jax.evaluation import evaluate, sample, samplers
 from eqm_jax.networks.dit import DiT
 from eqm_jax.report import report
 from eqm_jax.tasks import compose, denoise, inpaint, inputs, ood
-from eqm_jax.training import pretrained, sharding, state, train
+from eqm_jax.training import prepare, pretrained, sharding, state, train
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +21,8 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: 
   """Runs one mode.
 
   Args:
-    mode: "train" (and then evaluate), "evaluate", "sample", a task ("denoise", "ood",
+    mode: "prepare" (encode images into a cache of latents), "train" (prepare, if that is to do, and
+      evaluate at the end), "evaluate", "sample", a task ("denoise", "ood",
       "compose", "inpaint") or "report".
     config: of configs/.
     workdir: of the run.
@@ -30,6 +33,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: 
     FloatingPointError: if training diverges.
   """
   modes = {
+    "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,
     "sample": _sample,
@@ -48,16 +52,27 @@ def _train(config, workdir, checkpoint):
       f"--checkpoint={checkpoint} is for the modes that use a model; training resumes in its workdir, "
       "and starts from other weights with --config.train.init_from"
     )
+  if "prepare" in config:
+    prepare.prepare(config)
+  codec = pretrained.open_codec(config.autoencoder)
   if config.evaluation.samples:  # a mistake in the evaluation is told before the training
     evaluate.check(config, DiT(**config.model), _source(config), _batching(config, config.evaluation))
-  finished = train.train(config, workdir)
+  finished = train.train(config, workdir, codec)
   if finished and config.evaluation.samples:
     _evaluate(config, workdir, None)
 
 
+def _prepare(config, workdir, checkpoint):
+  if checkpoint:
+    raise ValueError(f"--checkpoint={checkpoint}: preparing data needs no model; give --config.autoencoder.path")
+  if "prepare" not in config:
+    raise ValueError("this config has no section `prepare`: its data set is read as it is")
+  prepare.prepare(config, verify=True)
+
+
 def _evaluate(config, workdir, checkpoint):
-  source, batching = _source(config), _batching(config, config.evaluation)
-  model = _load(config, workdir, checkpoint, config.evaluation.weights)
+  model, source = _load(config, workdir, checkpoint, config.evaluation.weights), _source(config)
+  batching = _batching(config, config.evaluation, model)
   directory = os.path.join(workdir, "evaluation")
   evaluate.evaluate(config, model.model, model.params, source, batching, directory)
   log.info("figures and pictures: %s", directory)
@@ -66,7 +81,7 @@ def _evaluate(config, workdir, checkpoint):
 def _sample(config, workdir, checkpoint):
   model = _load(config, workdir, checkpoint, config.sample.weights)
   directory = os.path.join(workdir, "samples")
-  sample.sample(config, model.model, model.params, _batching(config, config.sample), directory)
+  sample.sample(config, model.model, model.params, _batching(config, config.sample, model), directory)
   log.info("samples: %s", directory)
 
 
@@ -87,9 +102,9 @@ def _ood(config, workdir, checkpoint):
 
 
 def _compose(config, workdir, checkpoint):
-  options, batching = config.tasks.compose, _batching(config, config.tasks)
-  inputs.check_options(config.tasks, batching)
   model = _load(config, workdir, checkpoint, config.tasks.weights)
+  options, batching = config.tasks.compose, _batching(config, config.tasks, model)
+  inputs.check_options(config.tasks, batching)
   compose.check(options, model.model)
   terms = []
   for path, label, weight in zip(options.checkpoints, options.labels, options.weights):
@@ -122,9 +137,9 @@ def _report(config, workdir, checkpoint):
 
 def _task(config, workdir, checkpoint, noisy=False):
   """(model, images, data set, batching) of a task."""
-  batching = _batching(config, config.tasks)
-  inputs.check_options(config.tasks, batching)
   model, source = _load(config, workdir, checkpoint, config.tasks.weights), _source(config)
+  batching = _batching(config, config.tasks, model)
+  inputs.check_options(config.tasks, batching)
   return model, inputs.open_inputs(config.tasks, source, model.model, noisy), source, batching
 
 
@@ -135,14 +150,20 @@ def _load(config, workdir, checkpoint, weights) -> pretrained.Pretrained:
   return pretrained.load(checkpoint or workdir, weights=weights)
 
 
-def _source(config) -> sources.Source:
+def _source(config) -> Source:
   return sources.open_source(config.data.source, {**config.data.options})
 
 
-def _batching(config, options) -> samplers.Batching:
+def _batching(config, options, model: pretrained.Pretrained | None = None) -> samplers.Batching:
+  """With a model, of latents, also the decoder that belongs to it."""
+  codec = pretrained.open_codec(config.autoencoder) if model else None
+  if codec:
+    check_same_autoencoder("the model", model.autoencoder, codec.identity)
+    codec.check_decodes(model.model.input_shape)
   return samplers.Batching(
     mesh=sharding.make_mesh(**config.mesh),
     batch_size=options.batch_size,
     key=state.stream_key(options.seed, "samples"),
     multiplier=evaluate.schedule_of(config).multiplier,
+    decode=codec.decode if codec else None,
   )

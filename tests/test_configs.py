@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 from conftest import ROOT, load_config
+from PIL import Image
 
 from eqm_jax import programs
 from eqm_jax.evaluation import samplers
@@ -19,21 +20,46 @@ from eqm_jax.report import report, runs
 from eqm_jax.training import sharding
 
 
-def small_imagenet(directory: pathlib.Path) -> ml_collections.ConfigDict:
-  """The ImageNet config with its sizes cut, on latents written here."""
-  config = load_config("imagenet256", "XL/2")
+def write_images(directory: pathlib.Path, *, size: int, classes: int = 2, images: int = 12):
+  """A folder for each class, as ImageNet has them."""
   rng = np.random.default_rng(0)
-  np.save(directory / "mean.npy", rng.normal(size=(24, 2, 8, 8, 4)).astype(np.float16))
-  np.save(directory / "logvar.npy", rng.normal(size=(24, 2, 8, 8, 4)).astype(np.float16) - 4)
-  np.save(directory / "label.npy", np.arange(24) * 40)
-  config.data.options.path = str(directory)
-  config.model.update(input_size=8, width=16, depth=2, num_heads=2)
+  for label in range(classes):
+    (directory / f"n{label:08d}").mkdir(parents=True)
+    for i in range(images):
+      pixels = rng.integers(0, 256, (size, size + 3, 3)).astype(np.uint8)
+      Image.fromarray(pixels).save(directory / f"n{label:08d}" / f"{i}.JPEG")
+
+
+def small_imagenet(directory: pathlib.Path) -> ml_collections.ConfigDict:
+  """The ImageNet config with its sizes cut, on images written here and the tiny autoencoder."""
+  config = load_config("imagenet256", "XL/2")
+  write_images(directory / "images", size=64)
+  config.prepare.options.update(path=str(directory / "images"), size=64)
+  config.prepare.images_per_shard = 10
+  config.data.options.path = str(directory / "latents")
+  config.autoencoder.update(path=str(ROOT / "tests" / "reference" / "vae_tiny"), batch_size=4)
+  config.model.update(input_size=8, width=16, depth=2, num_heads=2, num_classes=2)
   config.train.update(steps=3, batch_size=8)
   config.checkpoint.every = 2
   config.evaluation.update(samples=10, batch_size=8)
   config.sample.update(count=10, batch_size=8)
   for row in config.samplers.values():
     row.max_evaluations = 4
+  return config
+
+
+def small_photographs(directory: pathlib.Path) -> ml_collections.ConfigDict:
+  config = load_config("photographs", "smoke")
+  config.prepare.options.stride = 40
+  config.data.options.path = str(directory / "latents")
+  config.autoencoder.path = str(directory / "autoencoder")
+  config.autoencoder.batch_size = 10
+  config.train.update(steps=3, batch_size=8)
+  config.optimizer.warmup_steps = 1
+  config.evaluation.update(samples=10, batch_size=10)
+  config.sample.update(count=10, batch_size=10)
+  config.tasks.update(count=10, batch_size=10)
+  config.tasks.inpaint.update(settle=2, tries=1)
   return config
 
 
@@ -110,7 +136,8 @@ TASKS = ("denoise", "ood", "compose", "inpaint")
 @pytest.mark.parametrize(
   "small, modes",
   [
-    pytest.param(small_digits, TASKS, id="digits"),
+    pytest.param(small_photographs, ("denoise", "inpaint"), id="photographs"),
+    pytest.param(small_digits, TASKS, id="digits", marks=pytest.mark.slow),
     pytest.param(small_imagenet, (), id="imagenet256", marks=pytest.mark.slow),
   ],
 )
@@ -126,7 +153,9 @@ def test_every_key_is_read_by_a_run(small, modes, tmp_path):
       other = row.copy_and_resolve_references()
       other.update(rule="heun", tolerance=1e-3)
       samplers.check("other", other, model, batching)
-  dead = [key for key in dead if modes or not key.startswith("tasks.")]
+  if config.autoencoder.path == "":  # samples are pixels
+    dead = [key for key in dead if not key.startswith("autoencoder.")]
+  dead = [key for key in dead if modes == TASKS or not key.startswith("tasks.")]
   assert not dead, f"keys that nothing reads: {dead}"
   report = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
   assert set(report["rows"]) == set(config.samplers)
@@ -147,10 +176,25 @@ def test_every_key_of_the_report_is_read(tmp_path, monkeypatch):
   assert not [key for key in dead if key.startswith("report.")]
 
 
-@pytest.mark.parametrize("name, variant", [("imagenet256", "XL/2"), ("toy2d", "two_moons")])
+@pytest.mark.parametrize(
+  "name, variant",
+  [
+    ("imagenet256", "XL/2"),
+    ("imagenet256", "B/4-online"),
+    ("imagenet256", "S/8-tfds"),
+    ("imagenet512", "XL/2"),
+    ("imagenet512", "XL/2-online"),
+    ("toy2d", "two_moons"),
+    ("mnist", ""),
+    ("mnist", "28"),
+    ("cifar10", None),
+    ("photographs", ""),
+    ("photographs", "online"),
+  ],
+)
 def test_configs_have_the_keys_of_the_digits(name, variant):
-  """So what is read of one is read of all; rows of samplers and arguments of the source are each config's own."""
-  own = ("data.options.", "samplers.")
+  """So what is read of one is read of all; samplers, arguments of the source and what is prepared are each one's own."""
+  own = ("data.options.", "samplers.", "prepare.")
   ours, theirs = (set(leaves(load_config(*which))) for which in ((name, variant), ("digits", "")))
   assert {key for key in ours ^ theirs if not key.startswith(own)} == set()
 
@@ -179,6 +223,9 @@ def test_imagenet_variants_are_the_published_sizes(size, patch):
     ("digits", "big"),
     ("imagenet256", "H/14"),
     ("imagenet256", "XL"),
+    ("imagenet256", "B/2-offline"),
+    ("mnist", "14"),
+    ("photographs", "large"),
     ("toy2d", "three_moons"),
     ("toy2d", "two_moons-big"),
     ("report", "long"),

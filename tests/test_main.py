@@ -100,7 +100,7 @@ def test_another_config_on_the_same_workdir_is_refused(trained):
     (["--config.model.depth=three"], "three"),
     (["--mode=dream"], "dream"),
     (["stray"], "stray"),
-    (["--config.data.source=cifar"], "choose one of digits, latents"),
+    (["--config.data.source=cifar"], "choose one of digits, mnist"),
     (["--config.model.patch_size=3"], "patch_size = 3 does not divide input_size = 8"),
     (["--config.mesh.data=3"], "there are 1"),
     (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere: no such model"),
@@ -109,7 +109,7 @@ def test_another_config_on_the_same_workdir_is_refused(trained):
     (["--config.evaluation.pictured=best"], "evaluation.pictured = 'best'"),
     (["--config.model.time_input=True", "--config.objective.kind=flow_matching"], "evaluation.samples = 0"),
     (["--checkpoint=x.pt"], "--checkpoint=x.pt is for"),
-    (["--config.data.source=latents"], "which takes: path, scale, num_classes"),
+    (["--config.data.source=latents"], "which takes: path, verify"),
   ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, arguments, text):

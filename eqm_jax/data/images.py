@@ -1,11 +1,48 @@
-"""Images that a user brings: a folder of them, or an .npz."""
+"""Image files to arrays: decoding, ADM's crop, and the images that a user gives to a task."""
 
+import io
 import os
 import zipfile
 import zlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from etils import epath
+from PIL import Image
+
+MODES = {1: "L", 3: "RGB"}  # channels → Pillow's mode
+ENLARGED = 8  # how many times an image may be enlarged
+
+
+class DamagedImage(ValueError):
+  """An image that cannot be used; the message names its file."""
+
+
+def decode(data: bytes, where: str, size: int, channels: int) -> np.ndarray:
+  """One image file, [size, size, channels] uint8: converted to grey or RGB, then `centre_crop`.
+
+  Palettes are looked up, CMYK is converted, and an alpha channel is dropped.
+
+  Args:
+    data: the file's bytes.
+    where: its name, for errors.
+
+  Raises:
+    DamagedImage: if it is not a whole image, more than 8 bits deep, or far too small.
+  """
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      if image.mode.startswith(("I", "F")):
+        raise DamagedImage(f"{where}: has {image.mode} pixels, more than 8 bits deep: convert it to 8 bits first")
+      if min(image.size) * ENLARGED < size:
+        raise DamagedImage(
+          f"{where}: is {image.width} × {image.height} pixels, too small for {size} × {size}: "
+          f"it would be enlarged more than {ENLARGED} times"
+        )
+      return np.asarray(centre_crop(image.convert(MODES[channels]), size)).reshape(size, size, channels)
+  except DamagedImage:
+    raise
+  except Exception as error:  # Pillow's decoders raise whatever comes of the bytes
+    raise DamagedImage(f"{where}: not a whole image ({error})") from error
 
 
 def read(
@@ -63,40 +100,48 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _read_folder(path: str, shape, count: int) -> np.ndarray:
   H, W, C = shape
-  modes = {1: "L", 3: "RGB"}
-  if C not in modes or H != W:
+  if C not in MODES or H != W:
     raise ValueError(f"{path}: a folder holds grey or RGB images, but the model works on {shape}: give an .npz")
   names = sorted(name for name in os.listdir(path) if os.path.isfile(os.path.join(path, name)) and name[0] != ".")
   if not names:
     raise ValueError(f"{path}: the folder holds no image")
   images = []
   for name in names[:count]:
-    file = os.path.join(path, name)
-    try:
-      with Image.open(file) as image:
-        if image.mode.startswith(("I", "F")):
-          raise ValueError(f"{file}: has {image.mode} pixels, more than 8 bits deep: convert it to 8 bits first")
-        images.append(np.asarray(centre_crop(image.convert(modes[C]), H)).reshape(shape))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-      raise ValueError(f"{file}: not a whole image ({error})") from error
+    with open(os.path.join(path, name), "rb") as file:
+      images.append(decode(file.read(), file.name, H, C))
   return to_float(np.stack(images), path)
 
 
 def _read_npz(path: str, shape, count: int, in_pixels: bool, bounded: bool) -> tuple[np.ndarray, np.ndarray | None]:
+  found, labels = npz_arrays(path, count)
+  if found.shape[1:] != shape:
+    raise ValueError(
+      f"{path}: images have shape {found.shape}, but the model works on [N, {', '.join(map(str, shape))}]"
+    )
+  return to_float(found, path, in_pixels, bounded), labels
+
+
+def npz_arrays(path: str, count: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+  """The first images [N, H, W, C] of an .npz as they are, and their labels [N] int32 if it has some.
+
+  Raises:
+    ValueError: naming the file, if it is missing, damaged, or holds none.
+  """
   try:
-    with np.load(path) as arrays:
+    with epath.Path(path).open("rb") as file, np.load(file) as arrays:
       found = {name: arrays[name][:count] for name in ("image", "x", "arr_0", "label", "arr_1") if name in arrays}
+  except FileNotFoundError as error:
+    raise ValueError(f"{path}: no such .npz") from error
   except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f"{path}: not a whole .npz ({error})") from error
-  name = next((name for name in ("image", "x", "arr_0") if name in found), None)
-  if name is None:
-    raise ValueError(f"{path}: holds no array 'image', 'x' or 'arr_0' [N, {', '.join(map(str, shape))}]")
-  if found[name].ndim != 4 or found[name].shape[1:] != shape or not len(found[name]):
-    raise ValueError(
-      f"{path}: {name} has shape {found[name].shape}, but the model works on [N, {', '.join(map(str, shape))}]"
-    )
+  images = next((found[name] for name in ("image", "x", "arr_0") if name in found), None)
+  if images is None:
+    raise ValueError(f"{path}: holds no array 'image', 'x' or 'arr_0' [N, H, W, C]")
+  if images.ndim != 4 or not len(images):
+    raise ValueError(f"{path}: images have shape {images.shape}, but must be [N, H, W, C], N at least 1")
   labels = found.get("label", found.get("arr_1"))
-  if labels is not None and (labels.shape != (len(found[name]),) or not np.issubdtype(labels.dtype, np.integer)):
+  if labels is None:
+    return images, None
+  if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
     raise ValueError(f"{path}: labels are {labels.dtype}{list(labels.shape)}: give one integer for each image")
-  images = to_float(found[name], f"{path}: {name}", in_pixels, bounded)
-  return images, None if labels is None else labels.astype(np.int32)
+  return images, labels.astype(np.int32)

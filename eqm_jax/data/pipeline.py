@@ -1,9 +1,14 @@
 """From a source to an endless stream of batches, with a position that can be saved."""
 
+from collections.abc import Callable
+from typing import Any
+
+import absl.flags
 import grain
 import numpy as np
 
-from eqm_jax.data.sources import Sample, Source
+from eqm_jax.data.latents import Latents
+from eqm_jax.data.samples import Sample, Source
 
 
 def batches(
@@ -13,54 +18,64 @@ def batches(
   seed: int,
   flip: bool,
   threads: int,
+  workers: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  place: Callable[[Any], Any] | None = None,
 ) -> grain.DatasetIterator:
   """Shuffled batches without end, each epoch in an order of its own.
 
   Epochs follow each other without a gap, so a batch may hold the end of one and the
-  beginning of the next: no sample is dropped. Process p of n gets the p-th n-th of
-  every batch, so the global batches do not depend on the number of processes.
+  beginning of the next: no sample is dropped, and no batch is small. Process p of n gets
+  the p-th n-th of every batch, so the global batches do not depend on the number of
+  processes, and a saved position may be continued by another number of them.
 
   Args:
     source: the data set.
     batch_size: the global batch size.
     seed: fixes order and flips.
     flip: mirror half of the samples, at random.
-    threads: how many threads read ahead.
+    threads: how many threads read ahead, in each worker.
+    workers: how many processes read; 0: this one, which is enough unless Python itself is
+      busy. A saved position belongs to its number of workers.
+    place: what brings a batch to the devices; called ahead of time, in a thread.
 
   Returns:
     A grain iterator over dicts of arrays with a leading axis of
     batch_size / process_count; its position is saved with the checkpoints.
 
   Raises:
-    ValueError: if the processes do not divide the batch, or `flip` is asked of
-      moments that were cached without their mirror image.
+    ValueError: if the processes do not divide the batch; and while it runs, for a damaged
+      image or a label that is no class, naming the sample.
   """
   if batch_size % process_count:
     raise ValueError(f"batch size {batch_size} does not divide over {process_count} processes")
-  if flip and "image" not in source[0] and source[0]["mean"].ndim == 3:
-    raise ValueError("data.flip = True, but the cached moments are of one side only: [N, 2, H, W, C] holds both")
-  data = grain.MapDataset.source(source).seed(seed).shuffle().random_map(_mirrored if flip else _unmirrored)
+  data = grain.MapDataset.range(len(source)).seed(seed).shuffle().random_map(_Reader(source, flip))
   # An endless stream has no remainder; grain's length of one that keeps it overflows.
   data = data.repeat().batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
-  return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
+  stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
+  if workers:
+    if not absl.flags.FLAGS.is_parsed():  # of a notebook or a library; grain asks for one of its own flags
+      absl.flags.FLAGS.mark_as_parsed()
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  if place is not None:
+    stream = grain.experimental.ThreadPrefetchIterDataset(stream.map(place), prefetch_buffer_size=2)
+  return iter(stream)
 
 
-def _mirrored(sample: Sample, rng: np.random.Generator) -> Sample:
-  mirror = bool(rng.integers(2))
-  if "image" in sample:
-    return {**sample, "image": sample["image"][:, ::-1] if mirror else sample["image"]}
-  return _side(sample, int(mirror))
+class _Reader:
+  """index → sample, mirrored at random if asked."""
 
+  def __init__(self, source: Source, flip: bool):
+    self._source, self._flip = source, flip
 
-def _unmirrored(sample: Sample, rng: np.random.Generator) -> Sample:
-  del rng
-  return sample if "image" in sample else _side(sample, 0)
-
-
-def _side(sample: Sample, side: int) -> Sample:
-  """One side of moments that have both; others as they are."""
-  if sample["mean"].ndim == 3:
+  def __call__(self, index: int, rng: np.random.Generator) -> Sample:
+    mirror = self._flip and bool(rng.integers(2))
+    if isinstance(self._source, Latents):  # the autoencoder saw both sides
+      sample = self._source.side(index, int(mirror))
+    else:
+      sample = self._source[index]
+      sample = {**sample, "image": sample["image"][:, ::-1]} if mirror else sample
+    if not 0 <= sample["label"] < self._source.num_classes:
+      raise ValueError(f"sample {index} has label {sample['label']}, but num_classes = {self._source.num_classes}")
     return sample
-  return {**sample, "mean": sample["mean"][side], "logvar": sample["logvar"][side]}

@@ -16,7 +16,8 @@ import ml_collections
 import numpy as np
 
 import eqm_jax
-from eqm_jax.data.sources import Source
+from eqm_jax.data.latents import Latents
+from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import objective, sampler
 from eqm_jax.evaluation import agreement, distances, paths, pictures, plane, samplers
 from eqm_jax.files import write_json
@@ -101,6 +102,7 @@ def evaluate(
     "seed": options.seed,
     "weights": options.weights,
     "space": "plane" if in_plane else "pixels, clipped to [-1, 1]" if in_pixels else "latents",
+    "autoencoder": source.autoencoder if isinstance(source, Latents) else None,
     "real": {"images": len(real), "frechet_between_halves": _between_halves(real)},
     "versions": {"eqm_jax": eqm_jax.__version__}
     | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
@@ -125,7 +127,7 @@ def evaluate(
     report["rows"][name] = {**row.to_dict(), **scores, **_counts(drawn)}
     text = "  ".join(f"{score} {value:.3f}" for score, value in scores.items())
     log.info("%s  %s  evaluations %.1f  %.1f s", name, text, drawn.result.evaluations_B.mean(), drawn.seconds)
-    shown = plane.scatter(images, real) if in_plane else pictures.grid(images[:100], 10)
+    shown = plane.scatter(images, real) if in_plane else pictures.grid(batching.pixels(images[:100]), 10)
     shown.save(os.path.join(directory, f"samples_{name}.png"))
     if row.threshold > 0:
       title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"

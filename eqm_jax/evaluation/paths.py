@@ -40,10 +40,12 @@ def draw(
   steps = np.unique(np.linspace(0, last, FRAMES).round().astype(int))
   frames = np.asarray(samplers.descend_row(row, bound, noise, batching, record_at=steps, record_fn=_x).record)
 
+  pixels = batching.pixels(frames.reshape(-1, *model.input_shape))
+  frames = pixels.reshape(*frames.shape[:2], *pixels.shape[1:])
   animation = [pictures.grid(frame, len(frame)) for frame in frames]
   pictures.animation(animation, os.path.join(directory, "descent.gif"))
   columns = frames[np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)]
-  strip = columns.swapaxes(0, 1).reshape(-1, *model.input_shape)
+  strip = columns.swapaxes(0, 1).reshape(-1, *pixels.shape[1:])
   pictures.grid(strip, len(columns)).save(os.path.join(directory, "descent.png"))
   curves = np.asarray(norms.record)[1 : last + 1]
   pictures.norm_curves(curves, np.asarray(norms.evaluations_B), row.threshold).save(

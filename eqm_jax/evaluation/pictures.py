@@ -68,8 +68,13 @@ def norm_curves(norms_KxB: np.ndarray, evaluations_B: np.ndarray, threshold: flo
   return rendered(drawn)
 
 
+def to_uint8(images: np.ndarray) -> np.ndarray:
+  """Images in [−1, 1] as 0..255; what lies beyond is cut off."""
+  return np.clip(np.rint(127.5 * images + 127.5), 0, 255).astype(np.uint8)
+
+
 def _to_rgb(images: np.ndarray) -> np.ndarray:
-  pixels = np.clip(np.rint(127.5 * images + 127.5), 0, 255).astype(np.uint8)
+  pixels = to_uint8(images)
   return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
 
 

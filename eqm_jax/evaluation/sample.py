@@ -21,8 +21,8 @@ def sample(
   """Draws what `config.sample` asks for.
 
   Writes samples.png (the first hundred); with `images` one PNG a sample, under
-  images/; with `npz` samples.npz with x, label, evaluations, norm, status and
-  restarts; and the way of the first samples, if the sampler descends.
+  images/; with `npz` samples.npz with x, of latents also the decoded image (uint8), label,
+  evaluations, norm, status and restarts; and the way of the first samples, if the sampler descends.
 
   Raises:
     ValueError: before sampling, if the config does not fit.
@@ -38,19 +38,21 @@ def sample(
   drawn = samplers.draw(options.sampler, row, model, params, label_N, batching)
   rate, evaluations = len(label_N) / drawn.seconds, drawn.result.evaluations_B
   log.info("%d images, %.1f images/s, %.1f evaluations an image", len(label_N), rate, evaluations.mean())
+  pixels = batching.pixels(drawn.result.x)
   if model.input_shape == plane.SHAPE:
     plane.scatter(drawn.result.x).save(os.path.join(directory, "samples.png"))
   else:
-    pictures.grid(drawn.result.x[:100], 10).save(os.path.join(directory, "samples.png"))
+    pictures.grid(pixels[:100], 10).save(os.path.join(directory, "samples.png"))
   if options.images:
     os.makedirs(os.path.join(directory, "images"), exist_ok=True)
-    for i, (image, label) in enumerate(zip(drawn.result.x, label_N)):
+    for i, (image, label) in enumerate(zip(pixels, label_N)):
       pictures.single(image).save(os.path.join(directory, "images", f"{i:06d}_{label}.png"))
   if options.npz:
     result = drawn.result
     np.savez(
       os.path.join(directory, "samples.npz"),
       x=result.x,
+      **({"image": pictures.to_uint8(pixels)} if batching.decode else {}),
       label=label_N,
       evaluations=evaluations,
       norm=result.norm_B,

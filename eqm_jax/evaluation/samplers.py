@@ -30,11 +30,16 @@ class Batching:
   batch_size: int  # samples in flight
   key: jax.Array  # sample i's random numbers depend on (key, i) alone
   multiplier: float  # λ of the field
+  decode: Callable[[np.ndarray], np.ndarray] | None = None  # latents → images, where samples are latents
 
   @property
   def ways(self) -> int:
     """Over how many devices a batch is split."""
     return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+  def pixels(self, x: np.ndarray) -> np.ndarray:
+    """What is shown of samples [N, H, W, C]: latents decoded, where there is a decoder."""
+    return self.decode(np.asarray(x)) if self.decode else x
 
   def place(self, tree: Any) -> Any:
     """Arrays [B, ...] on the mesh, split over their first axis."""

@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from eqm_jax.data.sources import Source
+from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import field, sampler
 from eqm_jax.equilibrium.labels import checked_labels
 from eqm_jax.evaluation import agreement, evaluate, samplers
@@ -68,7 +68,9 @@ def compose(
   report["evaluations"] = float(result.evaluations_B.mean())
   os.makedirs(directory, exist_ok=True)
   np.savez(os.path.join(directory, "compose.npz"), x=result.x, evaluations=result.evaluations_B, norm=result.norm_B)
-  inputs.show([*(alone.x for alone in images.values()), result.x], SHOWN).save(os.path.join(directory, "compose.png"))
+  inputs.show([*(alone.x for alone in images.values()), result.x], SHOWN, batching).save(
+    os.path.join(directory, "compose.png")
+  )
   write_json(os.path.join(directory, "compose.json"), report)
   return report
 

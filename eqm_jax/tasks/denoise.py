@@ -51,7 +51,7 @@ def denoise(
     arrays[f"gamma_{name}"] = result.x
   os.makedirs(directory, exist_ok=True)
   np.savez(os.path.join(directory, "denoised.npz"), **arrays)
-  inputs.show(strips, SHOWN).save(os.path.join(directory, "denoise.png"))
+  inputs.show(strips, SHOWN, batching).save(os.path.join(directory, "denoise.png"))
   write_json(os.path.join(directory, "denoise.json"), report)
   return report
 

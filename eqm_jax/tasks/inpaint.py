@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from eqm_jax.data.sources import Source
+from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import field, tasks
 from eqm_jax.evaluation import evaluate, samplers
 from eqm_jax.files import write_json
@@ -75,7 +75,7 @@ def inpaint(
   os.makedirs(directory, exist_ok=True)
   np.savez(os.path.join(directory, "inpainted.npz"), x=result.x, label=given.label_N, mask=mask)
   left_over = np.where(painted, 0.0, given.image_N)
-  inputs.show([given.image_N, left_over, result.x], SHOWN).save(os.path.join(directory, "inpaint.png"))
+  inputs.show([given.image_N, left_over, result.x], SHOWN, batching).save(os.path.join(directory, "inpaint.png"))
   write_json(os.path.join(directory, "inpaint.json"), report)
   return report
 

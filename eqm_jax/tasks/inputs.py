@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from eqm_jax.data import images
-from eqm_jax.data.sources import Source
+from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium.labels import checked_labels
 from eqm_jax.evaluation import evaluate, pictures, plane, sample, samplers
 from eqm_jax.networks.dit import DiT
@@ -83,10 +83,11 @@ def first_images(source: Source, count: int) -> np.ndarray:
   return np.stack([evaluate.real_sample(source[i]) for i in range(min(count, len(source)))])
 
 
-def show(rows: list[np.ndarray], columns: int) -> Image.Image:
-  """Rows of images under each other, the first `columns` of each; of points of the plane, a diagram for each row."""
+def show(rows: list[np.ndarray], columns: int, batching: samplers.Batching) -> Image.Image:
+  """Rows of images under each other, the first `columns` of each; of points of the plane, a diagram for each row;
+  of latents, what they decode to."""
   if rows[0].shape[1:] != plane.SHAPE:
-    return pictures.grid(np.concatenate([row[:columns] for row in rows]), min(columns, len(rows[0])))
+    return pictures.grid(batching.pixels(np.concatenate([row[:columns] for row in rows])), min(columns, len(rows[0])))
   diagrams = [plane.scatter(row) for row in rows]
   strip = Image.new("RGB", (sum(one.width for one in diagrams), diagrams[0].height))
   for place, one in enumerate(diagrams):

@@ -11,7 +11,7 @@ import numpy as np
 import sklearn.covariance
 import sklearn.metrics
 
-from eqm_jax.data.sources import Source
+from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import energy, field, tasks
 from eqm_jax.evaluation import pictures, samplers
 from eqm_jax.files import write_json
@@ -65,7 +65,7 @@ def ood(
   os.makedirs(directory, exist_ok=True)
   np.savez(os.path.join(directory, "scores.npz"), **arrays)
   shown = [images[np.arange(max(SHOWN, len(data_N))) % len(images)] for images in (data_N, *kinds.values())]
-  inputs.show(shown, SHOWN).save(os.path.join(directory, "ood.png"))
+  inputs.show(shown, SHOWN, batching).save(os.path.join(directory, "ood.png"))
   for name in scores:
     groups = {kind: arrays[f"{name}_{kind}"] for kind in ("data", *kinds)}
     pictures.score_boxes(groups, name).save(os.path.join(directory, f"scores_{name}.png"))

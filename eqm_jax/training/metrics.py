@@ -1,11 +1,12 @@
 """What a run tells while it trains: metrics.jsonl, TensorBoard, one line of text."""
 
+import contextlib
 import datetime
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import tensorboardX
 
@@ -21,18 +22,26 @@ class MetricWriter:
     self._file = open(self._path, "a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
     self._last_step, self._batch_size = last_step, batch_size
-    self._step, self._time = None, None
+    self._step, self._time, self._waited = None, None, 0.0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Counts the time inside as time that the run waits for its data."""
+    begin = time.monotonic()
+    yield
+    self._waited += time.monotonic() - begin
 
   def write(self, step: int, scalars: Mapping[str, float]):
-    """Writes the metrics of one step. The rate is that since the last call."""
+    """Writes the metrics of one step. examples_per_second, and the share data_wait, are since the last call."""
     now = time.monotonic()
     scalars, progress = dict(scalars), ""
     if self._step is not None:  # the first interval would count compilation
       rate = (step - self._step) / (now - self._time)
       left = datetime.timedelta(seconds=round((self._last_step - step) / rate))
       scalars["examples_per_second"] = rate * self._batch_size
+      scalars["data_wait"] = self._waited / (now - self._time)
       progress = f"  {left} left"
-    self._step, self._time = step, now
+    self._step, self._time, self._waited = step, now, 0.0
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
     self._file.flush()
     for name, value in scalars.items():

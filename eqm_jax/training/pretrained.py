@@ -5,9 +5,13 @@ import difflib
 import os
 from typing import Any
 
+import ml_collections
+
+from eqm_jax.convert import autoencoder as convert_autoencoder
 from eqm_jax.convert import reference
+from eqm_jax.data.codec import Codec
 from eqm_jax.files import read_json, write_json
-from eqm_jax.networks import dit
+from eqm_jax.networks import autoencoder, dit
 from eqm_jax.training import checkpoint
 
 CONFIG = "config.json"
@@ -21,6 +25,8 @@ class Pretrained:
   model: dit.DiT
   params: dict[str, Any]  # nested dict of arrays
   config: dict[str, Any]  # what the model was built with: DiT(**config) == model
+  # Of a model of latents: `name` and `sha256` of the autoencoder they are of; None for pixels, and where nobody knows.
+  autoencoder: dict[str, str] | None = None
 
 
 def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pretrained:
@@ -43,6 +49,7 @@ def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pre
   _check_names(overrides, "override")
   if os.path.isfile(path):
     model, params = reference.load(path, weights, overrides)
+    identity = None
   else:
     config_path = os.path.join(path, CONFIG)
     if not os.path.isfile(config_path):
@@ -54,29 +61,90 @@ def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pre
       raise ValueError(f"{config_path}: not the config of a model: its section 'model' needs {', '.join(_required())}")
     _check_names(config["model"], config_path)
     model = dit.DiT(**{**config["model"], **overrides})
+    identity = recorded_autoencoder(config)
     shapes = dit.parameter_shapes(model)
     if os.path.isdir(os.path.join(path, PARAMS)):
       params = checkpoint.read_tree(os.path.join(path, PARAMS), shapes)
     else:
       params = checkpoint.restore_params(path, "ema_params" if weights == "ema" else "params", shapes)
-  return Pretrained(model, params, dit.attributes(model))
+  return Pretrained(model, params, dit.attributes(model), identity)
 
 
-def save_pretrained(path: str | os.PathLike, model: dit.DiT, params: Any):
+def save_pretrained(path: str | os.PathLike, model: dit.DiT, params: Any, *, autoencoder: dict[str, str] | None = None):
   """Writes the exported directory: `params/`, an Orbax PyTree, and `config.json`.
 
   Orbax alone reads the parameters:
   `orbax.checkpoint.StandardCheckpointer().restore(path / "params")`.
 
+  Args:
+    path: a new or empty directory.
+    model, params: the model.
+    autoencoder: of a model of latents, `Pretrained.autoencoder`, so that nobody decodes with another one.
+
   Raises:
     ValueError: if `path` exists and is not an empty directory.
   """
-  path = os.fspath(path)
+  config = {"model": dit.attributes(model)} | ({"autoencoder": autoencoder} if autoencoder else {})
+  _write(os.fspath(path), config, params)
+
+
+def load_autoencoder(path: str, **overrides: Any) -> tuple[autoencoder.Autoencoder, Any]:
+  """Loads an autoencoder: a directory of `save_autoencoder`, or what `convert.autoencoder.load` reads.
+
+  Raises:
+    ValueError: if `path` is neither, or is damaged.
+  """
+  if not os.path.isdir(os.path.join(path, PARAMS)):
+    return convert_autoencoder.load(path, **overrides)
+  config_path = os.path.join(path, CONFIG)
+  config = read_json(config_path)
+  known = autoencoder.attributes(autoencoder.Autoencoder())
+  if not isinstance(config, dict) or set(config.get("autoencoder_model", ())) != set(known):
+    raise ValueError(f"{config_path}: not the config of an autoencoder")
+  attributes = config["autoencoder_model"]
+  attributes["block_out_channels"] = tuple(attributes["block_out_channels"])
+  module = autoencoder.Autoencoder(**{**attributes, **overrides})
+  return module, checkpoint.read_tree(os.path.join(path, PARAMS), autoencoder.parameter_shapes(module))
+
+
+def save_autoencoder(path: str, module: autoencoder.Autoencoder, params: Any):
+  """Writes a directory: `params/`, an Orbax PyTree, and `config.json`.
+
+  Raises:
+    ValueError: if `path` exists and is not an empty directory.
+  """
+  _write(path, {"autoencoder_model": autoencoder.attributes(module)}, params)
+
+
+def open_codec(options: ml_collections.ConfigDict) -> Codec | None:
+  """The autoencoder of a config's section `autoencoder`; None where its `path` is empty.
+
+  Raises:
+    ValueError: if it is not there, is damaged, or is not the one of `options.sha256`.
+  """
+  if not options.path:
+    return None
+  codec = Codec(*load_autoencoder(options.path, dtype=options.dtype), options.name, options.batch_size)
+  if not options.name or options.sha256 not in ("", codec.identity["sha256"]):
+    raise ValueError(
+      f"{options.path} has sha256 {codec.identity['sha256']}, but autoencoder.name = {options.name!r} and "
+      f"autoencoder.sha256 = {options.sha256!r}: give a name, and the sha256 or nothing"
+    )
+  return codec
+
+
+def recorded_autoencoder(config: dict[str, Any]) -> dict[str, str] | None:
+  """Which autoencoder's latents a saved config speaks of."""
+  recorded = config.get("autoencoder", {})
+  return {name: recorded[name] for name in ("name", "sha256")} if recorded.get("sha256") else None
+
+
+def _write(path: str, config: dict[str, Any], params: Any):
   if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
     raise ValueError(f"{path} exists and is not empty: choose another directory, or remove it first")
   os.makedirs(path, exist_ok=True)
   checkpoint.write_tree(os.path.join(path, PARAMS), params)
-  write_json(os.path.join(path, CONFIG), {"model": dit.attributes(model)})
+  write_json(os.path.join(path, CONFIG), config)
 
 
 def _check_names(attributes: dict[str, Any], where: str):

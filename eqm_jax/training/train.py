@@ -18,20 +18,43 @@ import numpy as np
 import optax
 
 from eqm_jax.data import pipeline, sources
+from eqm_jax.data.codec import Codec, check_same_autoencoder, encode_batch
+from eqm_jax.data.latents import Latents
+from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import energy, objective
 from eqm_jax.files import read_json, write_json
+from eqm_jax.networks.autoencoder import posterior_sample
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import checkpoint, metrics, pretrained, sharding
 from eqm_jax.training import state as state_lib
 
 log = logging.getLogger(__name__)
 
-# What may differ between a run and its continuation: it does not touch the parameters (any more).
-FREE = ("checkpoint.", "evaluation.", "report.", "sample.", "samplers.", "tasks.", "train.init_from")
+# What may differ between a run and its continuation: it does not touch the parameters (any more). Where files lie
+# is free; that they hold latents of the same autoencoder is checked.
+FREE = (
+  "autoencoder.",
+  "checkpoint.",
+  "data.options.path.",
+  "data.options.verify.",
+  "data.threads.",
+  "evaluation.",
+  "prepare.options.path.",
+  "prepare.skip_damaged.",
+  "prepare.threads.",
+  "report.",
+  "sample.",
+  "samplers.",
+  "tasks.",
+  "train.init_from.",
+)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
+def train(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None = None) -> bool:
   """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
+
+  With `codec` a model of latents is trained on images, which are encoded in each step; it is
+  not needed with a cache.
 
   Returns:
     True when trained to the end; False when SIGTERM came first, after saving.
@@ -43,13 +66,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
   # ---------------------------------------------------------------- what is asked
   source = sources.open_source(config.data.source, {**config.data.options})
   model = DiT(**config.model)
-  _check_fits(config, model, source)
+  identity = source.autoencoder if isinstance(source, Latents) else codec.identity if codec else None
+  if codec:
+    check_same_autoencoder(f"data.source {config.data.source!r}", identity, codec.identity)
+  _check_fits(config, model, source, codec, identity)
   schedule = objective.Schedule(**config.objective.schedule)
   steps, batch_size = config.train.steps, config.train.batch_size
   optimizer = state_lib.make_optimizer(config.optimizer, steps)
   mesh = sharding.make_mesh(**config.mesh)
   batch_sharding = sharding.batch_sharding(mesh, batch_size)
-  check_same_run(workdir, config)
+  check_same_run(workdir, config, identity)
 
   # ---------------------------------------------------------------- state: shapes → shardings → jitted init
   init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
@@ -67,11 +93,16 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
     seed=config.seed,
     flip=config.data.flip,
     threads=config.data.threads,
+    workers=config.data.workers,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    place=functools.partial(jax.tree.map, functools.partial(jax.make_array_from_process_local_data, batch_sharding)),
   )
   manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
-  write_json(os.path.join(workdir, pretrained.CONFIG), json.loads(config.to_json()))
+  described = json.loads(config.to_json())
+  if identity:
+    described["autoencoder"] |= {name: identity[name] for name in ("name", "sha256")}
+  write_json(os.path.join(workdir, pretrained.CONFIG), described)
   first_step = manager.latest_step() or 0
   if first_step:
     placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
@@ -87,7 +118,11 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
   # ---------------------------------------------------------------- one step
   learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
 
-  def step_fn(state, batch):
+  encodes = codec is not None and not isinstance(source, Latents)
+  frozen = jax.device_put(codec.params, sharding.replicated(mesh)) if encodes else None
+
+  def step_fn(state, batch, frozen):
+    batch = encode_batch(codec.module, frozen, batch) if encodes else batch
     key = jax.random.fold_in(state_lib.stream_key(config.seed, "steps"), state.step)
     loss_fn = functools.partial(batch_loss, model, config.objective, schedule, batch, key)
     loss, gradient = jax.value_and_grad(loss_fn)(state.params)
@@ -120,8 +155,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> bool:
   with contextlib.closing(manager), contextlib.closing(writer), _sigterm() as stopped:
     pending = None
     for step in range(first_step + 1, steps + 1):
-      batch = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, batch_sharding), next(data))
-      state, scalars = step_fn(state, batch)
+      with writer.waiting():
+        batch = next(data)
+      state, scalars = step_fn(state, batch, frozen)
       if pending:
         report(*pending)
       pending = step, scalars
@@ -177,7 +213,7 @@ def draw_data(batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
   """The batch's images, or latents drawn from the autoencoder's posterior N(mean, exp(logvar))."""
   if "image" in batch:
     return batch["image"]
-  return batch["mean"] + jnp.exp(batch["logvar"] / 2) * jax.random.normal(key, batch["mean"].shape)
+  return posterior_sample(batch["mean"], batch["logvar"], key)
 
 
 def _warm_start(path: str, model: DiT, shapes: Any) -> Any:
@@ -210,11 +246,16 @@ def _loss_scale(config: ml_collections.ConfigDict, schedule: objective.Schedule)
   return (1 - config.clean_share) * objective.mean_square_magnitude(schedule) + config.clean_share * at_data
 
 
-def _check_fits(config: ml_collections.ConfigDict, model: DiT, source: sources.Source):
-  if source.shape != model.input_shape:
+def _check_fits(config, model: DiT, source: Source, codec: Codec | None, identity: dict[str, Any] | None):
+  shape = source.shape if codec is None or isinstance(source, Latents) else codec.latent_shape(source.shape)
+  if shape != model.input_shape:
     raise ValueError(
-      f"data.source {config.data.source!r} has samples of shape {source.shape}, but the model takes "
+      f"data.source {config.data.source!r} has samples of shape {shape}, but the model takes "
       f"{model.input_shape}: set model.input_size and model.channels"
+    )
+  if identity and identity["name"] != config.autoencoder.name:
+    raise ValueError(
+      f"autoencoder.name = {config.autoencoder.name!r}, but {config.data.source!r} has latents of {identity['name']!r}"
     )
   if source.num_classes != model.num_classes:
     raise ValueError(
@@ -256,14 +297,16 @@ def _check_energy(config: ml_collections.ConfigDict, model: DiT):
     raise ValueError(f"model.energy = 'l2' starts from an output layer of zeros, {_NO_GRADIENT}")
 
 
-def check_same_run(workdir: str, config: ml_collections.ConfigDict):
-  """Refuses a workdir whose checkpoints were trained with another config."""
+def check_same_run(workdir: str, config: ml_collections.ConfigDict, identity: dict[str, Any] | None = None):
+  """Refuses a workdir whose checkpoints were trained with another config, or on latents of another autoencoder."""
   path = os.path.join(workdir, pretrained.CONFIG)
   if not (os.path.exists(path) and checkpoint.steps(workdir)):
     return
+  there = read_json(path)
+  check_same_autoencoder(workdir, pretrained.recorded_autoencoder(there), identity)
   found = [
     f"{name}: {was!r} there, {now!r} given"
-    for name, was, now in differences(read_json(path), json.loads(config.to_json()))
+    for name, was, now in differences(there, json.loads(config.to_json()))
     if not f"{name}.".startswith(FREE)
   ]
   if found:

@@ -50,7 +50,7 @@ def test_latents_have_no_range(tmp_path):
 @pytest.mark.parametrize(
   "arrays, message",
   [
-    ({"x": np.zeros((2, 9, 9, 1), np.uint8)}, r"x has shape \(2, 9, 9, 1\)"),
+    ({"x": np.zeros((2, 9, 9, 1), np.uint8)}, r"images have shape \(2, 9, 9, 1\), but the model works on"),
     ({"x": np.zeros((0, 8, 8, 1), np.uint8)}, r"shape \(0, 8, 8, 1\)"),
     ({"x": np.zeros((2, 8, 8, 1), np.int64)}, "images are int64: give uint8"),
     ({"x": np.full((2, 8, 8, 1), 255.0)}, r"span 255\.\.255, but must lie in \[-1, 1\]"),

@@ -1,17 +1,18 @@
 import collections
+import json
 
 import numpy as np
 import pytest
-from test_sources import write_latents
+from test_latents import write_cache
 
-from eqm_jax.data import pipeline, sources
+from eqm_jax.data import latents, pipeline, samples
 
 
-def numbered(count: int) -> sources.Images:
+def numbered(count: int) -> samples.Images:
   """Images whose left column and label tell their number."""
   images = np.zeros((count, 2, 2, 1), np.float32)
   images[:, :, 0, 0] = np.arange(count)[:, None]
-  return sources.Images(images, np.arange(count), num_classes=count)
+  return samples.Images(images, np.arange(count), num_classes=count)
 
 
 def labels(iterator, steps: int) -> np.ndarray:
@@ -64,25 +65,75 @@ def test_half_of_the_images_are_mirrored():
   np.testing.assert_array_equal(unmirrored["image"][:, 0, 0, 0], unmirrored["label"])
 
 
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 2)])
+def test_another_number_of_processes_goes_on_in_the_middle_of_an_epoch(before, after):
+  def streams(count):
+    return [pipeline.batches(numbered(10), **OPTIONS, process_index=p, process_count=count) for p in range(count)]
+
+  whole = labels(pipeline.batches(numbered(10), **OPTIONS), 8)
+  first = streams(before)
+  for stream in first:
+    labels(stream, 3)
+  positions = [stream.get_state() for stream in first]
+  assert all(position == positions[0] for position in positions)
+  second = streams(after)
+  for stream in second:
+    stream.set_state(positions[0])
+  np.testing.assert_array_equal(np.concatenate([labels(stream, 5) for stream in second], axis=1), whole[3:])
+
+
+def test_batches_are_placed_ahead_and_the_position_is_that_of_what_was_taken():
+  placed = []
+
+  def place(batch):
+    placed.append(1)
+    return {**batch, "label": -batch["label"]}
+
+  whole = labels(pipeline.batches(numbered(10), **OPTIONS), 8)
+  iterator = pipeline.batches(numbered(10), **OPTIONS, place=place)
+  np.testing.assert_array_equal(labels(iterator, 3), -whole[:3])
+  position = json.loads(json.dumps(iterator.get_state()))  # it is saved as JSON
+  other = pipeline.batches(numbered(10), **OPTIONS, place=place)
+  other.set_state(position)
+  np.testing.assert_array_equal(labels(other, 5), -whole[3:])
+  assert len(placed) > 8
+
+
 def test_moments_come_from_either_side(tmp_path):
-  source = sources.open_source("latents", write_latents(tmp_path))
+  write_cache(tmp_path)
+  source = latents.Latents(str(tmp_path))
   sides = collections.Counter()
   iterator = pipeline.batches(source, **{**OPTIONS, "flip": True})
+  known = {source[i]["mean"][side].tobytes(): (i, side) for i in range(len(source)) for side in range(2)}
   for _ in range(20):
     batch = next(iterator)
     for mean, logvar, label in zip(batch["mean"], batch["logvar"], batch["label"]):
-      side = [np.array_equal(mean, source[label]["mean"][s]) for s in range(2)].index(True)
-      np.testing.assert_array_equal(logvar, source[label]["logvar"][side])
+      index, side = known[mean.tobytes()]
+      np.testing.assert_array_equal(logvar, source[index]["logvar"][side])
+      assert label == source.labels[index]
       sides[side] += 1
   assert min(sides.values()) > 20
   batch = next(pipeline.batches(source, **OPTIONS))
-  np.testing.assert_array_equal(batch["mean"][0], source[batch["label"][0]]["mean"][0])
+  assert all(known[mean.tobytes()][1] == 0 for mean in batch["mean"])
 
 
-def test_what_cannot_be_is_refused(tmp_path):
+def test_what_cannot_be_is_refused():
   with pytest.raises(ValueError, match="batch size 4 does not divide over 3 processes"):
     pipeline.batches(numbered(10), **OPTIONS, process_count=3)
-  one_side = sources.open_source("latents", write_latents(tmp_path, shape=(6, 4, 4, 4)))
-  assert next(pipeline.batches(one_side, **OPTIONS))["mean"].shape == (4, 4, 4, 4)
-  with pytest.raises(ValueError, match="one side only"):
-    pipeline.batches(one_side, **{**OPTIONS, "flip": True})
+  source = numbered(10)
+  source.num_classes = 9  # as of a data set whose labels nobody has seen before
+  with pytest.raises(ValueError, match="sample 9 has label 9, but num_classes = 9"):
+    labels(pipeline.batches(source, **OPTIONS), 5)
+
+
+@pytest.mark.slow  # starts processes
+def test_workers_read_the_same_batches_and_go_on_where_they_were():
+  iterator = pipeline.batches(numbered(10), **OPTIONS, workers=2)
+  again = pipeline.batches(numbered(10), **OPTIONS, workers=2)
+  first = labels(iterator, 3)
+  position = iterator.get_state()
+  rest = labels(iterator, 6)
+  again.set_state(position)
+  np.testing.assert_array_equal(labels(again, 6), rest)
+  seen = np.concatenate([first, rest]).reshape(-1)
+  assert sorted(seen[:10]) == list(range(10))

@@ -5,14 +5,6 @@ import sklearn.datasets
 from eqm_jax.data import sources
 
 
-def write_latents(directory, *, shape=(6, 2, 4, 4, 4), labels=None):
-  rng = np.random.default_rng(0)
-  np.save(directory / "mean.npy", rng.normal(size=shape).astype(np.float16))
-  np.save(directory / "logvar.npy", rng.normal(size=shape).astype(np.float16))
-  np.save(directory / "label.npy", np.arange(shape[0]) if labels is None else labels)
-  return {"path": str(directory), "scale": 0.5, "num_classes": 10}
-
-
 def test_digits_are_all_there_in_minus_one_to_one():
   source = sources.open_source("digits", {})
   assert len(source) == 1797 and source.shape == (8, 8, 1) and source.num_classes == 10
@@ -22,32 +14,38 @@ def test_digits_are_all_there_in_minus_one_to_one():
   np.testing.assert_allclose((images[..., 0] + 1) * 8, sklearn.datasets.load_digits().images)
 
 
-def test_latents_are_scaled_as_a_distribution(tmp_path):
-  source = sources.open_source("latents", write_latents(tmp_path))
-  sample = source[2]
-  mean, logvar = (np.load(tmp_path / name).astype(np.float32)[2] for name in ("mean.npy", "logvar.npy"))
-  np.testing.assert_allclose(sample["mean"], 0.5 * mean)
-  np.testing.assert_allclose(np.exp(sample["logvar"] / 2), 0.5 * np.exp(logvar / 2), rtol=1e-5)
-  assert source.shape == (4, 4, 4) and sample["label"] == 2 and sample["mean"].dtype == np.float32
+def test_mnist_is_averaged_and_mixed():
+  small, full = (sources.open_source("mnist", {"size": size}) for size in (14, 28))
+  assert small.images.shape == (5000, 14, 14, 1) and full.images.shape == (5000, 28, 28, 1)
+  assert full.images.min() == -1 and full.images.max() == 1
+  np.testing.assert_allclose(small.images[7, 3, 5], full.images[7, 6:8, 10:12].mean(), atol=1e-6)
+  np.testing.assert_array_equal(small.labels, full.labels)
+  assert (np.bincount(small.labels) == 500).all() and len(set(small.labels[:50])) == 10
+  train, test = (sources.open_source("mnist", {"part": part}) for part in ("train", "test"))
+  assert len(train) + len(test) == 5000 and len(set(test.labels)) == 10
+
+
+def test_photographs_are_cut_into_patches():
+  source = sources.open_source("photographs", {"size": 32, "stride": 50, "shrink": 1})
+  temple, flower = sklearn.datasets.load_sample_images().images
+  across, down = (640 - 32) // 50 + 1, (427 - 32) // 50 + 1
+  assert source.images.shape == (2 * across * down, 32, 32, 3) and source.num_classes == 2
+  for label, photograph in enumerate((temple, flower)):
+    patch = source.images[source.labels == label][across + 2]
+    np.testing.assert_allclose((patch + 1) * 127.5, photograph[50:82, 100:132], atol=1e-3)
 
 
 @pytest.mark.parametrize(
-  "change, text",
+  "name, options, message",
   [
-    (lambda d, o: (d / "logvar.npy").unlink(), "logvar.npy is missing"),
-    (lambda d, o: (d / "mean.npy").write_bytes((d / "mean.npy").read_bytes()[:200]), "mean.npy: not a whole"),
-    (lambda d, o: np.save(d / "label.npy", np.arange(3)), r"label \(3,\) do not fit"),
-    (lambda d, o: np.save(d / "label.npy", np.arange(6) + 5), "labels 5..10, but num_classes = 10"),
-    (lambda d, o: o.update(scale=0.0), "scale = 0.0"),
+    ("imagenet", {}, "'imagenet' is not known: choose one of digits, mnist, photographs, plane, folder, tfds, npz, la"),
+    ("digits", {"part": "half"}, "data.options.part = 'half' is not one of all, train, test"),
+    ("mnist", {"size": 7}, "size = 7 is neither 14 nor 28"),
+    ("photographs", {"size": 300, "shrink": 2}, "must fit into a photograph"),
+    ("plane", {"kind": "three_moons"}, "'three_moons' is not known"),
+    ("folder", {"file": "a"}, "which takes: path, size, channels"),
   ],
 )
-def test_bad_latents_are_refused(tmp_path, change, text):
-  options = write_latents(tmp_path)
-  change(tmp_path, options)
-  with pytest.raises(ValueError, match=text):
-    sources.open_source("latents", options)
-
-
-def test_unknown_source_is_refused():
-  with pytest.raises(ValueError, match="'imagenet' is not known: choose one of digits, latents"):
-    sources.open_source("imagenet", {})
+def test_what_is_not_known_is_refused(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    sources.open_source(name, options)

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -158,7 +159,7 @@ json.dump(out, sys.stdout)
 def test_every_device_runs_a_queue_of_its_own_and_the_samples_are_the_same():
   environment = {
     "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'equilibrium'}", "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
   }  # fmt: skip
   command = [sys.executable, "-c", PROGRAM]
   finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

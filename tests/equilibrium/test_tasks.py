@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import eqm_jax
-from eqm_jax.data import sources
+from eqm_jax.data import shipped
 from eqm_jax.equilibrium import tasks
 from eqm_jax.equilibrium.objective import Schedule
 
@@ -17,7 +17,7 @@ STEPS = dict(step_size=0.01, rule="gd", max_evaluations=400)
 @pytest.fixture(scope="module")
 def digits():
   """Ten digits, one of each class, and the field whose valleys they are."""
-  images = sources.digits().images[:10]
+  images = shipped.digits().images[:10]
   return jnp.asarray(images), eqm_jax.oracle_field(images)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqm_jax.data import sources
+from eqm_jax.data import shipped
 from eqm_jax.equilibrium import sampler
 from eqm_jax.evaluation import agreement, evaluate, pictures, samplers
 from eqm_jax.networks.dit import DiT
@@ -29,7 +29,7 @@ def test_real_samples_are_at_no_distance_from_themselves(
   tiny_config, model_and_params, batching, tmp_path, monkeypatch
 ):
   """Real images instead of samples: a distance of zero, and the classifier's own accuracy."""
-  source = sources.digits()
+  source = shipped.digits()
 
   def real_ones(name, row, model, params, label_N, batching):
     images = np.stack([source.images[source.labels == label][i // 10] for i, label in enumerate(label_N)])
@@ -50,7 +50,7 @@ def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, mode
   for row in tiny_config.samplers.values():
     row.update(max_evaluations=1, threshold=0.0)
   tiny_config.evaluation.samples = 100
-  report = evaluate.evaluate(tiny_config, *model_and_params, sources.digits(), batching, str(tmp_path))
+  report = evaluate.evaluate(tiny_config, *model_and_params, shipped.digits(), batching, str(tmp_path))
   for row in report["rows"].values():
     assert row["frechet"] > 5 and row["label_agreement"] < 0.3
     assert row["evaluations"]["mean"] == 1 and row["status"]["budget"] == 100
@@ -59,7 +59,7 @@ def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, mode
 def test_repeats_take_turns_and_integrators_have_rows(tiny_config, model_and_params, batching, tmp_path):
   tiny_config.samplers.nag.update(rule="heun", momentum=0.0, max_evaluations=4)
   tiny_config.evaluation.update(repeats=2, timed=("gd",), pictured="none")
-  report = evaluate.evaluate(tiny_config, *model_and_params, sources.digits(), batching, str(tmp_path))
+  report = evaluate.evaluate(tiny_config, *model_and_params, shipped.digits(), batching, str(tmp_path))
   assert report["rows"]["nag"]["evaluations"]["mean"] == 4
   table = (tmp_path / "evaluation.md").read_text()
   assert table.count("\n") == 5 and "| nag | heun |" in table
@@ -81,17 +81,17 @@ def test_repeats_take_turns_and_integrators_have_rows(tiny_config, model_and_par
 def test_bad_options_are_refused(tiny_config, model_and_params, batching, tmp_path, change, text):
   change(tiny_config)
   with pytest.raises(ValueError, match=text):
-    evaluate.evaluate(tiny_config, *model_and_params, sources.digits(), batching, str(tmp_path))
+    evaluate.evaluate(tiny_config, *model_and_params, shipped.digits(), batching, str(tmp_path))
 
 
 def test_a_model_of_other_images_is_refused(tiny_config, model_and_params, batching, tmp_path):
   model, params = model_and_params
   with pytest.raises(ValueError, match="cannot be compared"):
-    evaluate.evaluate(tiny_config, model.clone(num_classes=9), params, sources.digits(), batching, str(tmp_path))
+    evaluate.evaluate(tiny_config, model.clone(num_classes=9), params, shipped.digits(), batching, str(tmp_path))
 
 
 def test_the_classifier_knows_digits_and_not_shuffled_labels():
-  source = sources.digits()
+  source = shipped.digits()
   classifier = agreement.Classifier(source.images, source.labels)
   assert classifier.held_out_accuracy > 0.97
   assert classifier.agreement(source.images, (source.labels + 1) % 10) < 0.02

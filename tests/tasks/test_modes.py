@@ -11,7 +11,7 @@ from PIL import Image
 
 import eqm_jax
 from eqm_jax import programs
-from eqm_jax.data import sources
+from eqm_jax.data import shipped
 from eqm_jax.equilibrium.field import bound
 from eqm_jax.networks.dit import DiT
 from eqm_jax.tasks import outliers
@@ -70,7 +70,7 @@ def test_denoise(run, config):
   rows = written(run[0], "denoise")["rows"]
   assert list(rows) == ["0.2", "0.9"] and rows["0.2"]["mean_square_before"] > rows["0.9"]["mean_square_before"]
   # Of what was given at γ, the noise is (1−γ)²·(1 + the mean square of the images).
-  image = sources.digits().images[:12]
+  image = shipped.digits().images[:12]
   np.testing.assert_allclose(rows["0.2"]["mean_square_before"], 0.64 * (1 + np.mean(image**2)), rtol=0.1)
   assert np.load(run[0] / "denoise" / "denoised.npz")["gamma_0.9"].shape == (12, 8, 8, 1)
 
@@ -110,7 +110,7 @@ def test_ood(run, config, tmp_path):
   assert scores["norm_data"].shape == (200,) and scores["norm_images"].shape == (5,)
   pretrained = eqm_jax.load(run[0])
   field_fn = eqm_jax.conditional_field(pretrained.model, pretrained.params)
-  x = sources.digits().images[:3]
+  x = shipped.digits().images[:3]
   expected = np.linalg.norm(jax.jit(field_fn.__call__)(x, np.full(3, 10)).reshape(3, -1), axis=1)
   np.testing.assert_allclose(scores["norm_data"][:3], expected, rtol=1e-4)
   if config.model.energy == "dot":
@@ -148,8 +148,8 @@ def test_inpaint(run, config, tmp_path):
     arrays = np.load(run[0] / "inpaint" / "inpainted.npz")
     kept = np.broadcast_to(arrays["mask"] == 0, arrays["x"].shape)
     assert found["painted_share"] == pytest.approx(1 - kept.mean())
-    np.testing.assert_array_equal(arrays["x"][kept], sources.digits().images[:12][kept])
-    assert not np.allclose(arrays["x"][~kept], sources.digits().images[:12][~kept], atol=0.1)
+    np.testing.assert_array_equal(arrays["x"][kept], shipped.digits().images[:12][kept])
+    assert not np.allclose(arrays["x"][~kept], shipped.digits().images[:12][~kept], atol=0.1)
 
 
 BAD = {
@@ -224,7 +224,7 @@ def test_tasks_on_points_of_the_plane(tmp_path):
   config.train.steps, config.optimizer.warmup_steps = 2, 1
   config.tasks.update(count=20, batch_size=20)
   programs.run("train", config, str(tmp_path), None)
-  np.savez(tmp_path / "points.npz", x=sources.plane("two_moons", 20, seed=3).images)
+  np.savez(tmp_path / "points.npz", x=shipped.plane("two_moons", 20, seed=3).images)
   config.tasks.images = str(tmp_path / "points.npz")
   for mode in ("denoise", "inpaint", "compose", "ood"):
     programs.run(mode, config, str(tmp_path), None)
@@ -246,7 +246,7 @@ def test_masks_of_another_shape_are_refused(run, tmp_path, shape, message):
 
 @pytest.mark.parametrize("name", outliers.MAKERS)
 def test_outliers_are_none_of_the_images_but_of_their_range(name):
-  images = sources.digits().images[:50]
+  images = shipped.digits().images[:50]
   made = outliers.make(name, images, seed=0)
   assert made.shape == images.shape and made.dtype == np.float32 and not np.array_equal(made, images)
   np.testing.assert_array_equal(made, outliers.make(name, images, seed=0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import load_config
 
-from eqm_jax.data import sources
+from eqm_jax.data import shipped
 from eqm_jax.equilibrium import objective
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import pretrained, train
@@ -32,7 +32,7 @@ def implicit(tmp_path_factory):
 
 def loss_of(config, params) -> float:
   """The loss on all the digits, always with the same noise."""
-  digits = sources.digits()
+  digits = shipped.digits()
   batch = {"image": jnp.asarray(digits.images), "label": jnp.asarray(digits.labels)}
   model, schedule = DiT(**config.model), objective.Schedule()
   loss_fn = functools.partial(train.batch_loss, model, config.objective, schedule, batch, jax.random.key(1))
@@ -44,7 +44,7 @@ def test_an_energy_learns_from_a_zero_output_layer(form, order, tmp_path):
   config = small_config(form, **{"objective.second_order": order, "train.steps": 100, "checkpoint.every": 100})
   train.train(config, str(tmp_path))
   trained = pretrained.load(tmp_path)
-  zero = objective.mean_square_magnitude(objective.Schedule()) * (1 + np.mean(sources.digits().images ** 2))
+  zero = objective.mean_square_magnitude(objective.Schedule()) * (1 + np.mean(shipped.digits().images ** 2))
   assert trained.model.energy == form and loss_of(config, trained.params) < 0.9 * zero
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -94,7 +95,7 @@ def run_on(devices: int, workdir, **mesh) -> tuple[np.ndarray, dict[str, list]]:
   """The losses of five steps, and samples in three ways."""
   environment = {
     "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
   }  # fmt: skip
   command = [sys.executable, "-c", PROGRAM, str(workdir), json.dumps(mesh)]
   finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

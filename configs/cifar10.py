@@ -1,0 +1,175 @@
+"""EqM on CIFAR-10, 32×32 pixels, 10 classes, read through TFDS.
+
+Command:   python -m eqm_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
+Hardware:  one accelerator; not run by us. 36 GFLOP per image and step: 400,000 steps of 256 take an
+           estimated 10 hours at half of the peak of one v5e chip (197 TFLOP/s, bfloat16).
+Expected:  the paper's FID is 3.36, without classes and with a U-Net; this is a transformer with classes, which
+           nobody has measured. The evaluation here is the Fréchet distance of raw pixels.
+Data:      a TFDS build of cifar10 under data/tfds (docs/data.md): 50,000 training images.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
+
+  config.data = config_dict.create(
+    source="tfds",  # one of data/sources.py
+    options=config_dict.create(  # its arguments
+      name="cifar10",
+      path="data/tfds",  # where the builds are
+      split="train",
+      size=32,  # pixels
+      channels=3,
+    ),
+    flip=True,  # mirror half of the images
+    threads=16,  # that read ahead
+    workers=0,  # processes that read; 0: this one
+  )
+  config.autoencoder = config_dict.create(  # of models of latents
+    path="",  # "": the samples are pixels, nothing is decoded
+    name="",  # which it is, your word; recorded wherever its latents go
+    sha256="",  # of its parameters, where they must be certain ones
+    dtype="float32",  # of its convolutions: "float32" or "bfloat16"
+    batch_size=32,  # images that it takes at a time
+  )
+  config.model = config_dict.create(  # the attributes of networks.dit.DiT
+    input_size=32,  # pixels
+    channels=3,
+    patch_size=2,  # pixels
+    width=384,
+    depth=12,  # blocks
+    num_heads=6,
+    num_classes=10,  # label 10 is "no class"
+    mlp_ratio=4.0,
+    time_input=False,  # True: a flow-matching network, told γ
+    learn_sigma=False,  # True: carry the unused second output half of the released code
+    dtype="bfloat16",  # of the matrix products: "float32" or "bfloat16"
+    unroll=1,  # blocks per scan iteration
+    remat="none",  # "none", "dots", "dots_no_batch" or "full": what the backward pass computes again
+    attention="xla",  # "xla" or "cudnn"
+    energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
+  )
+  config.objective = config_dict.create(
+    kind="equilibrium",  # or "flow_matching"
+    schedule=config_dict.create(  # c(γ)
+      kind="truncated",  # "constant", "linear", "truncated" or "piecewise"
+      a=0.8,  # γ from which c falls to zero
+      b=2.0,  # c(0) of "piecewise"
+      multiplier=4.0,  # λ
+    ),
+    label_dropout=0.1,  # share of samples that are trained without their class
+    dispersive_weight=0.0,  # 0 or the reference's 0.5
+    clean_share=0.0,  # share of samples at γ = 1 exactly; helps in few dimensions
+    second_order="reverse_over_reverse",  # or "forward_over_reverse": the loss's derivative, for an energy
+  )
+  config.optimizer = config_dict.create(  # AdamW
+    learning_rate=2e-4,
+    schedule="cosine",  # after the warm-up: "constant" or "cosine" (to zero at the last step)
+    warmup_steps=5000,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    clip_norm=0.0,  # of the global gradient; 0: no clipping
+    ema_decay=0.9999,
+  )
+  config.train = config_dict.create(
+    steps=400_000,
+    batch_size=256,
+    log_every=100,  # steps
+    init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
+  )
+  config.checkpoint = config_dict.create(
+    every=10_000,  # steps
+    keep=2,  # newest checkpoints
+  )
+  config.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1: the rest
+  config.sharding = config_dict.create(rules=())  # (regex of the parameter's path, mesh axis of each array axis)
+
+  config.samplers = config_dict.create(  # one row of the evaluation each
+    gd=_row(),
+    nag=_row(rule="nag", momentum=0.3),
+    adaptive=_row(threshold=9.0),
+  )
+  config.evaluation = config_dict.create(
+    samples=10_000,  # 0: none
+    batch_size=512,  # samples in flight
+    seed=0,  # of the samples, which depend on (seed, sample index) alone
+    weights="ema",  # "ema" or "model"
+    label_agreement=False,  # fit a classifier to the real images and ask it about the samples
+    pictured="adaptive",  # the sampler whose descent is drawn, or "none"
+    timed=(),  # samplers whose speed is compared: drawn again in turn, the median time is reported
+    repeats=3,  # how often
+  )
+  config.sample = config_dict.create(  # of --mode=sample
+    sampler="adaptive",  # one of the samplers
+    count=100,  # samples
+    labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
+    batch_size=100,  # samples in flight
+    seed=0,
+    weights="ema",  # "ema" or "model"
+    images=False,  # also one PNG a sample
+    npz=True,  # also the arrays
+  )
+  config.tasks = config_dict.create(  # of --mode=denoise, ood, compose and inpaint
+    images="",  # a folder of images, an .npz, or "": those of data.source
+    count=100,  # images
+    sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
+    labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
+    batch_size=100,  # samples in flight
+    seed=0,
+    weights="ema",  # "ema" or "model"
+    denoise=config_dict.create(
+      gammas=(
+        0.0,
+        0.2,
+        0.4,
+        0.6,
+        0.8,
+      ),  # how noisy the images are made; (): they are noisy already, nobody knows how much
+    ),
+    ood=config_dict.create(
+      scores=("norm",),  # "norm", ‖f‖; "energy", of a model with one; "mahalanobis", a Gaussian fitted to data.source
+      # What the images are told from: made of noise, or of the images themselves; pixels only: "photographs".
+      against=("uniform", "gaussian", "constant", "shuffled", "rotated", "inverted", "photographs"),
+    ),
+    compose=config_dict.create(  # one term for each place of the three
+      labels=(3, 8),
+      weights=(0.5, 0.5),  # what they lack of 1 goes to the model without a class
+      checkpoints=("", ""),  # anything that eqm_jax.load reads; "" is the model itself
+    ),
+    inpaint=config_dict.create(
+      mask="right",  # painted anew: "left", "right", "top", "bottom", "centre", "all", or a .npy [H, W] of 0 and 1
+      gamma=0.0,  # where it starts: 0 keeps nothing of what is under the mask
+      settle=50,  # evaluations with fresh noise before the descent
+      tries=4,  # how often each image is painted; the one with the smallest ‖f‖ is kept
+    ),
+  )
+  return config
+
+
+def _row(**changes) -> ml_collections.ConfigDict:
+  row = config_dict.create(
+    # Descents: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin".
+    # Integrators: "euler", "heun", "tsit5", "dopri5"; for a network with time also "euler_maruyama".
+    rule="gd",
+    step_size=0.003,  # η; 0 is "auto": 2/(λ·max_evaluations)
+    momentum=0.0,  # μ, of "nag" and "nesterov"
+    temperature=0.0,  # T, of "langevin"
+    max_evaluations=249,  # network calls a sample may use
+    min_evaluations=0,  # no sample stops before
+    threshold=0.0,  # a sample stops at ‖f‖ ≤ threshold; 0: never
+    relative_threshold=False,  # compare ‖f‖/λ instead
+    max_restarts=0,  # how often a sample that diverges begins again
+    tolerance=0.0,  # of an integrator with step control, relative and absolute; 0: equal steps
+    guidance=1.0,  # classifier-free guidance scale; 1: none
+    guidance_channels=0,  # how many channels are guided, from the first; 0: all
+    guidance_interval=(),  # (low, high): guide only while ‖f‖ lies between; (): always
+    streaming=True,  # a sample that is done makes room for the next; False: in lockstep
+  )
+  row.update(changes)
+  return row

@@ -1,0 +1,177 @@
+"""EqM on 5,000 digits of MNIST, averaged to 14×14 pixels.
+
+Command:   python -m eqm_jax.main --config=configs/mnist.py --workdir=runs/mnist
+           Variant: mnist.py:28, the digits as they are, for accelerators.
+Hardware:  two CPU cores, 4 GiB: TODO minutes of training and of evaluation
+Expected:  TODO
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+VARIANTS = ("", "smoke", "28")
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """Variants: "" is the run above; "28" has the full size; "smoke" is a short run of the same code, for tests."""
+  if variant not in VARIANTS:
+    raise ValueError(f"configs/mnist.py has no variant {variant!r}: choose one of {', '.join(VARIANTS[1:])} or none")
+  smoke, full = variant == "smoke", variant == "28"
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
+
+  config.data = config_dict.create(
+    source="mnist",
+    options=config_dict.create(
+      size=28 if full else 14,  # pixels: 28, or 14, the mean of each four
+      part="all",  # "all", "train" (5 of 6 images) or "test" (the sixth)
+    ),
+    flip=False,  # mirror half of the images: a mirrored digit is no digit
+    threads=2,  # that read ahead
+    workers=0,  # processes that read; 0: this one
+  )
+  config.autoencoder = config_dict.create(  # of models of latents
+    path="",  # "": the samples are pixels, nothing is decoded
+    name="",  # which it is, your word; recorded wherever its latents go
+    sha256="",  # of its parameters, where they must be certain ones
+    dtype="float32",  # of its convolutions: "float32" or "bfloat16"
+    batch_size=32,  # images that it takes at a time
+  )
+  config.model = config_dict.create(  # the attributes of networks.dit.DiT
+    input_size=28 if full else 14,  # pixels
+    channels=1,
+    patch_size=2,  # pixels
+    width=16 if smoke else 256 if full else 128,
+    depth=1 if smoke else 8 if full else 4,  # blocks
+    num_heads=4,
+    num_classes=10,  # label 10 is "no class"
+    mlp_ratio=4.0,
+    time_input=False,  # True: a flow-matching network, told γ
+    learn_sigma=False,  # True: carry the unused second output half of the released code
+    dtype="float32",  # of the matrix products: "float32" or "bfloat16"
+    unroll=4,  # blocks per scan iteration; all of them is fastest on a CPU
+    remat="none",  # "none", "dots", "dots_no_batch" or "full": what the backward pass computes again
+    attention="xla",  # "xla" or "cudnn"
+    energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
+  )
+  config.objective = config_dict.create(
+    kind="equilibrium",  # or "flow_matching"
+    schedule=config_dict.create(  # c(γ)
+      kind="truncated",  # "constant", "linear", "truncated" or "piecewise"
+      a=0.8,  # γ from which c falls to zero
+      b=2.0,  # c(0) of "piecewise"
+      multiplier=4.0,  # λ
+    ),
+    label_dropout=0.1,  # share of samples that are trained without their class
+    dispersive_weight=0.0,  # 0 or the reference's 0.5
+    clean_share=0.0,  # share of samples at γ = 1 exactly; helps in few dimensions
+    second_order="reverse_over_reverse",  # or "forward_over_reverse": the loss's derivative, for an energy
+  )
+  config.optimizer = config_dict.create(  # AdamW
+    learning_rate=2e-3,
+    schedule="cosine",  # after the warm-up: "constant" or "cosine" (to zero at the last step)
+    warmup_steps=20 if smoke else 100,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    clip_norm=0.0,  # of the global gradient; 0: no clipping
+    ema_decay=0.9 if smoke else 0.998,
+  )
+  config.train = config_dict.create(
+    steps=20 if smoke else 4500,
+    batch_size=32 if smoke else 64,
+    log_every=20 if smoke else 100,  # steps
+    init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
+  )
+  config.checkpoint = config_dict.create(
+    every=30 if smoke else 1000,  # steps
+    keep=2,  # newest checkpoints
+  )
+  config.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1: the rest
+  config.sharding = config_dict.create(rules=())  # (regex of the parameter's path, mesh axis of each array axis)
+
+  few = dict(step_size=0.03, max_evaluations=25) if smoke else {}
+  config.samplers = config_dict.create(  # one row of the evaluation each
+    gd=_row(**few),
+    nag=_row(rule="nag", momentum=0.3, **few),
+    adaptive=_row(threshold=7.0, **few),
+  )
+  config.evaluation = config_dict.create(
+    samples=40 if smoke else 1000,  # 0: none
+    batch_size=40 if smoke else 200,  # samples in flight
+    seed=0,  # of the samples, which depend on (seed, sample index) alone
+    weights="ema",  # "ema" or "model"
+    label_agreement=True,  # fit a classifier to the real images and ask it about the samples
+    pictured="adaptive",  # the sampler whose descent is drawn, or "none"
+    timed=(),  # samplers whose speed is compared: drawn again in turn, the median time is reported
+    repeats=3,  # how often
+  )
+  config.sample = config_dict.create(  # of --mode=sample
+    sampler="adaptive",  # one of the samplers
+    count=100,  # samples
+    labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
+    batch_size=20 if smoke else 100,  # samples in flight
+    seed=0,
+    weights="ema",  # "ema" or "model"
+    images=False,  # also one PNG a sample
+    npz=True,  # also the arrays
+  )
+  config.tasks = config_dict.create(  # of --mode=denoise, ood, compose and inpaint
+    images="",  # a folder of images, an .npz, or "": those of data.source
+    count=20 if smoke else 100,  # images
+    sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
+    labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
+    batch_size=20 if smoke else 100,  # samples in flight
+    seed=0,
+    weights="ema",  # "ema" or "model"
+    denoise=config_dict.create(
+      gammas=(
+        0.0,
+        0.2,
+        0.4,
+        0.6,
+        0.8,
+      ),  # how noisy the images are made; (): they are noisy already, nobody knows how much
+    ),
+    ood=config_dict.create(
+      scores=("norm",),  # "norm", ‖f‖; "energy", of a model with one; "mahalanobis", a Gaussian fitted to data.source
+      # What the images are told from: made of noise, or of the images themselves; pixels only: "photographs".
+      against=("uniform", "gaussian", "constant", "shuffled", "rotated", "inverted", "photographs"),
+    ),
+    compose=config_dict.create(  # one term for each place of the three
+      labels=(3, 8),
+      weights=(0.5, 0.5),  # what they lack of 1 goes to the model without a class
+      checkpoints=("", ""),  # anything that eqm_jax.load reads; "" is the model itself
+    ),
+    inpaint=config_dict.create(
+      mask="right",  # painted anew: "left", "right", "top", "bottom", "centre", "all", or a .npy [H, W] of 0 and 1
+      gamma=0.0,  # where it starts: 0 keeps nothing of what is under the mask
+      settle=50,  # evaluations with fresh noise before the descent
+      tries=4,  # how often each image is painted; the one with the smallest ‖f‖ is kept
+    ),
+  )
+  return config
+
+
+def _row(**changes) -> ml_collections.ConfigDict:
+  row = config_dict.create(
+    # Descents: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin".
+    # Integrators: "euler", "heun", "tsit5", "dopri5"; for a network with time also "euler_maruyama".
+    rule="gd",
+    step_size=0.003,  # η; 0 is "auto": 2/(λ·max_evaluations)
+    momentum=0.0,  # μ, of "nag" and "nesterov"
+    temperature=0.0,  # T, of "langevin"
+    max_evaluations=249,  # network calls a sample may use
+    min_evaluations=0,  # no sample stops before
+    threshold=0.0,  # a sample stops at ‖f‖ ≤ threshold; 0: never
+    relative_threshold=False,  # compare ‖f‖/λ instead
+    max_restarts=0,  # how often a sample that diverges begins again
+    tolerance=0.0,  # of an integrator with step control, relative and absolute; 0: equal steps
+    guidance=1.0,  # classifier-free guidance scale; 1: none
+    guidance_channels=0,  # how many channels are guided, from the first; 0: all
+    guidance_interval=(),  # (low, high): guide only while ‖f‖ lies between; (): always
+    streaming=True,  # a sample that is done makes room for the next; False: in lockstep
+  )
+  row.update(changes)
+  return row

@@ -1,0 +1,122 @@
+"""The autoencoder at work: images to moments and latents to images, batch by batch on this host's devices."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eqm_jax.convert import autoencoder as convert
+from eqm_jax.networks.autoencoder import Autoencoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+  """An autoencoder with its weights and the name that is recorded wherever its latents go."""
+
+  module: Autoencoder
+  params: Any
+  name: str  # "ema" or "mse" of Stable Diffusion's, or the user's own word
+  batch_size: int  # images at a time; what a large image needs is bounded by it
+
+  def __post_init__(self):
+    devices = jax.local_device_count()
+    if self.batch_size < 1 or self.batch_size % devices:
+      raise ValueError(
+        f"autoencoder.batch_size = {self.batch_size} does not divide over {devices} devices: "
+        f"use a multiple of {devices}"
+      )
+
+  @functools.cached_property
+  def identity(self) -> dict[str, Any]:
+    """What tells latents of one autoencoder from those of another."""
+    return {
+      "name": self.name,
+      "sha256": convert.fingerprint(self.params),
+      "scaling_factor": self.module.scaling_factor,
+    }
+
+  def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of images (H, W, C).
+
+    Raises:
+      ValueError: if it cannot take such images.
+    """
+    H, W, C = image_shape
+    reduction = self.module.reduction
+    if C != self.module.in_channels or H % reduction or W % reduction:
+      raise ValueError(
+        f"the autoencoder takes {self.module.in_channels} channels and sides that {reduction} divides, "
+        f"but the images have shape {image_shape}"
+      )
+    return H // reduction, W // reduction, self.module.latent_channels
+
+  def check_decodes(self, latent_shape: tuple[int, int, int]):
+    """Refuses, as a ValueError, samples that are none of its latents."""
+    if latent_shape[-1] != self.module.latent_channels:
+      raise ValueError(
+        f"the autoencoder has {self.module.latent_channels} latent channels, but the model makes {latent_shape}"
+      )
+
+  def moments(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images [batch_size, H, W, C] → mean and log-variance [batch_size, 2, h, w, c], unscaled.
+
+    The second side is the mirror image's.
+    """
+    return jax.device_get(_moments(self.module, self._placed, self._split(images)))
+
+  def decode(self, latents: np.ndarray) -> np.ndarray:
+    """Latents [N, h, w, c], scaled as a model makes them → images [N, H, W, C] in [−1, 1]."""
+    images = []
+    for first in range(0, len(latents), self.batch_size):
+      part = latents[first : first + self.batch_size]
+      filled = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
+      images.append(jax.device_get(_decode(self.module, self._placed, self._split(filled)))[: len(part)])
+    return np.concatenate(images)
+
+  @functools.cached_property
+  def _mesh(self) -> Mesh:
+    return Mesh(np.asarray(jax.local_devices()), ("data",))
+
+  @functools.cached_property
+  def _placed(self) -> Any:
+    return jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
+
+  def _split(self, batch: np.ndarray) -> jax.Array:
+    return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("data")))
+
+
+def encode_batch(module: Autoencoder, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """A batch of images in a training step → the batch of moments that a cache would have given, scaled."""
+  mean, logvar = module.apply({"params": params}, batch["image"], method="encode")
+  scale = module.scaling_factor
+  return {"mean": mean * scale, "logvar": logvar + 2 * np.log(scale), "label": batch["label"]}
+
+
+def check_same_autoencoder(where: str, there: dict[str, Any] | None, here: dict[str, Any] | None):
+  """Refuses to bring together latents of two autoencoders; None is one that nobody knows.
+
+  Raises:
+    ValueError: naming both.
+  """
+  if there and here and there["sha256"] != here["sha256"]:
+    raise ValueError(
+      f"{where} is of latents of the autoencoder {there['name']!r} (sha256 {there['sha256'][:12]}…), "
+      f"but {here['name']!r} (sha256 {here['sha256'][:12]}…) is given: their latents differ"
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moments(module: Autoencoder, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  sides = [module.apply({"params": params}, side, method="encode") for side in (images, images[:, :, ::-1])]
+  mean, logvar = (jnp.stack(moment, axis=1) for moment in zip(*sides))
+  return mean, logvar
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(module: Autoencoder, params: Any, latents: jax.Array) -> jax.Array:
+  images = module.apply({"params": params}, latents / module.scaling_factor, method="decode")
+  return jnp.clip(images, -1, 1)

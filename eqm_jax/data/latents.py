@@ -1,0 +1,389 @@
+"""The latent cache: the autoencoder's posterior of every image and of its mirror image, on disk.
+
+A directory of ArrayRecord shards and one manifest.json. A record is a sample: the label
+(int32), then mean and log-variance, each [2, h, w, c] (the image, its mirror image),
+unscaled, float16 or bfloat16, little-endian.
+
+While it is made there are settings.json, which tells what is being made, and beside each
+finished shard its .json, with size and checksum. A shard is written under another
+name, read back, renamed, and then told; one that is not told is made again. When all are
+there, the manifest takes the place of these files. Whoever reads needs the manifest, so
+a cache that is not whole is never taken for one.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import ml_dtypes
+import numpy as np
+import tqdm
+from array_record.python import array_record_module
+
+from eqm_jax.data.images import DamagedImage
+from eqm_jax.data.samples import Sample, Source, checked_labels
+from eqm_jax.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+SETTINGS = "settings.json"
+VERSION = 1
+DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+SIDES = 2  # the image and its mirror image
+
+log = logging.getLogger(__name__)
+
+# images [B, H, W, C] → mean, logvar [B, 2, h, w, c]
+Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What a cache holds. Two caches of the same settings hold the same latents."""
+
+  source: str  # name and options of the data set, as in the config
+  options: dict[str, Any]
+  images: int  # of the data set, damaged ones included
+  num_classes: int
+  image_size: int  # pixels, after the crop
+  latent_shape: tuple[int, int, int]
+  dtype: str  # one of DTYPES
+  images_per_shard: int
+  autoencoder: dict[str, Any]  # name ("ema", "mse", ...), sha256 of its parameters, scaling_factor
+  crop: str = "ADM centre crop"
+  version: int = VERSION
+
+  @property
+  def shards(self) -> int:
+    return -(-self.images // self.images_per_shard)
+
+  @property
+  def record_bytes(self) -> int:
+    return 4 + 2 * SIDES * int(np.prod(self.latent_shape)) * DTYPES[self.dtype].itemsize
+
+  def to_json(self) -> dict[str, Any]:
+    return {**dataclasses.asdict(self), "latent_shape": list(self.latent_shape)}
+
+
+class Latents:
+  """A finished cache as a data set; latents are scaled to about unit variance.
+
+  A sample holds both sides: `mean` and `logvar` [2, h, w, c]; the pipeline chooses one.
+  """
+
+  def __init__(self, path: str, verify: bool = False):
+    """Opens a cache.
+
+    Args:
+      path: its directory.
+      verify: read every shard once and compare its checksum; sizes are always compared.
+
+    Raises:
+      ValueError: naming the file, if the cache is not there, not finished or damaged.
+    """
+    manifest = read_manifest(path)
+    _check_shards(path, manifest, verify)
+    self.manifest, self.autoencoder = manifest, manifest["autoencoder"]
+    self.num_classes, self.shape = manifest["num_classes"], tuple(manifest["latent_shape"])
+    labels = np.asarray([label for shard in manifest["shards"] for label in shard["labels"]], np.int32)
+    self.labels = checked_labels(labels, self.num_classes, path)
+    self._path, self._dtype = path, DTYPES[manifest["dtype"]]
+    self._scale, self._log_scale = (
+      np.float32(self.autoencoder["scaling_factor"]),
+      np.float32(2 * np.log(self.autoencoder["scaling_factor"])),
+    )
+    # With the manifest's counts, "file[0:count]", no file is opened before it is read.
+    counts = {shard["file"]: len(shard["labels"]) for shard in manifest["shards"] if shard["labels"]}
+    files = [f"{os.path.join(path, file)}[0:{count}]" for file, count in counts.items()]
+    self._records = grain.sources.ArrayRecordDataSource(files)
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __getitem__(self, index: int) -> Sample:
+    return self.side(index, slice(None))
+
+  def side(self, index: int, side: int | slice) -> Sample:
+    """The sample with one side alone, [h, w, c], which is half of the work."""
+    try:
+      record = self._records[index]
+    except (RuntimeError, ValueError, OSError) as error:
+      raise ValueError(f"{self._path}: record {index} cannot be read ({error}): the cache is damaged") from error
+    label = np.frombuffer(record, "<i4", 1)[0]
+    moments = np.frombuffer(record, self._dtype, offset=4).reshape(2, SIDES, *self.shape)
+    return {
+      "mean": moments[0, side].astype(np.float32) * self._scale,
+      "logvar": moments[1, side].astype(np.float32) + self._log_scale,
+      "label": label,
+    }
+
+
+def write(
+  path: str,
+  source: Source,
+  encode: Encode,
+  settings: Settings,
+  *,
+  batch_size: int,
+  threads: int,
+  skip_damaged: bool = False,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> int:
+  """Encodes what is not encoded yet: process p of n takes every n-th shard, from the p-th on.
+
+  Killed and started again, it goes on with the first shard that is not finished. When all
+  processes are through, `finish` makes the cache of their shards.
+
+  Args:
+    path: the directory, made if it is not there; the same for all processes.
+    source: images, in any order.
+    encode: the autoencoder, always called with `batch_size` images.
+    settings: what is made.
+    batch_size: images at a time.
+    threads: that read images ahead.
+    skip_damaged: leave damaged images out, and count them; otherwise the first one ends it.
+
+  Returns:
+    How many images were encoded now.
+
+  Raises:
+    ValueError: if the directory holds something else, there is no room for it on the
+      disk, or an image is damaged; naming it.
+    OSError: if writing fails; the finished shards stay.
+  """
+  _begin(path, settings, writes=process_index == 0)
+  mine = range(process_index, settings.shards, process_count)
+  todo = [shard for shard in mine if not _is_finished(path, settings, shard)]
+  _check_room(path, settings, todo)
+  if len(todo) < len(mine):
+    log.info("%s: %d of %d shards are there already", path, len(mine) - len(todo), len(mine))
+  encoded, begin = 0, time.monotonic()
+  total = sum(len(_range(settings, shard)) for shard in todo)
+  with tqdm.tqdm(total=total, desc="encoding", unit="image", disable=None) as bar:
+    for done, shard in enumerate(todo, 1):
+      encoded += _write_shard(path, source, encode, settings, shard, batch_size, threads, skip_damaged, bar)
+      rate = encoded / (time.monotonic() - begin)
+      left = datetime.timedelta(seconds=round((total - encoded) / max(rate, 1e-9)))
+      log.info("shard %d/%d  images_per_second %.1f  %s left", done, len(todo), rate, left)
+  return encoded
+
+
+def finish(path: str, settings: Settings) -> dict[str, Any]:
+  """Writes the manifest, once the shards of all processes are there.
+
+  Raises:
+    ValueError: naming the first shard that is not finished.
+  """
+  for shard in range(settings.shards):
+    if not _is_finished(path, settings, shard):
+      raise ValueError(f"{os.path.join(path, _name(settings, shard))} is not finished: run the preparation again")
+  shards = [read_json(_told(path, settings, shard)) for shard in range(settings.shards)]
+  skipped = [name for shard in shards for name in shard["skipped"]]
+  if not any(shard["labels"] for shard in shards):
+    raise ValueError(f"{path}: all {settings.images} images are damaged, the first: {skipped[0]}")
+  manifest = {**settings.to_json(), "records": sum(len(shard["labels"]) for shard in shards), "shards": shards}
+  write_json(os.path.join(path, MANIFEST), manifest)
+  for shard in range(settings.shards):
+    os.remove(_told(path, settings, shard))
+  os.remove(os.path.join(path, SETTINGS))
+  return manifest
+
+
+def is_finished(path: str) -> bool:
+  """Whether there is a cache that is whole."""
+  return os.path.exists(os.path.join(path, MANIFEST))
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+  """What a cache holds.
+
+  Raises:
+    ValueError: if there is no finished cache, or its manifest is damaged.
+  """
+  if "://" in path:
+    raise ValueError(f"{path}: ArrayRecord reads mounted files only: mount the bucket and give its path")
+  file = os.path.join(path, MANIFEST)
+  if not os.path.exists(file):
+    begun = "was begun and not finished" if os.path.exists(os.path.join(path, SETTINGS)) else "is not there"
+    raise ValueError(f"{path}: the cache of latents {begun} (no {MANIFEST}): run --mode=prepare")
+  manifest = read_json(file)
+  needed = [field.name for field in dataclasses.fields(Settings)] + ["records", "shards"]
+  missing = [name for name in needed if not isinstance(manifest, dict) or name not in manifest]
+  if missing:
+    raise ValueError(f"{file}: not the manifest of a cache: it lacks {', '.join(missing)}")
+  if manifest["version"] != VERSION or manifest["dtype"] not in DTYPES:
+    raise ValueError(
+      f"{file}: version {manifest['version']} of dtype {manifest['dtype']}, "
+      f"but only version {VERSION} of {', '.join(DTYPES)} is known"
+    )
+  return manifest
+
+
+def _begin(path: str, settings: Settings, writes: bool):
+  """Tells in the directory what is being made, and refuses a directory of something else."""
+  os.makedirs(path, exist_ok=True)
+  wanted = settings.to_json()
+  for name in (MANIFEST, SETTINGS):
+    file = os.path.join(path, name)
+    if os.path.exists(file):
+      check_same(file, read_json(file), wanted)
+      return
+  if writes:
+    write_json(os.path.join(path, SETTINGS), wanted)
+
+
+def check_same(where: str, there: dict[str, Any], wanted: dict[str, Any]):
+  """Refuses a cache that holds something else than `wanted` (a part of the settings).
+
+  Raises:
+    ValueError: naming what differs.
+  """
+  found = [
+    f"{name}: {there.get(name)!r} there, {value!r} wanted" for name, value in wanted.items() if there.get(name) != value
+  ]
+  if found:
+    raise ValueError(f"{where} is of other latents: {'; '.join(found)}. Give another path, or remove it")
+
+
+def _write_shard(path, source, encode, settings, shard, batch_size, threads, skip_damaged, bar) -> int:
+  """Writes one shard aside, reads it back, renames it, and tells of it. Returns how many images are in it."""
+  file = os.path.join(path, _name(settings, shard))
+  partial = f"{file}.partial"
+  labels, skipped = [], []
+  try:
+    writer = array_record_module.ArrayRecordWriter(partial, "group_size:1,uncompressed")
+    try:
+      for samples in _batches(source, _range(settings, shard), batch_size, threads):
+        damaged = [sample["damaged"] for sample in samples if "damaged" in sample]
+        if damaged and not skip_damaged:
+          raise ValueError(f"{damaged[0]}. Mend it, or leave such images out with prepare.skip_damaged = True")
+        for reason in damaged:
+          log.warning("left out: %s", reason)
+        skipped += damaged
+        whole = [sample for sample in samples if "damaged" not in sample]
+        for label, record in _records(whole, encode, settings, batch_size):
+          writer.write(record)
+          labels.append(label)
+        bar.update(len(samples))
+    finally:
+      writer.close()
+    _check_whole(partial, len(labels))
+    told = {"file": os.path.basename(file), "bytes": os.path.getsize(partial), "sha256": _checksum(partial)}
+    os.replace(partial, file)
+  except RuntimeError as error:  # what ArrayRecord makes of a disk that fails
+    raise OSError(f"{partial} cannot be written ({error}); the shards before it are whole, and stay") from error
+  finally:
+    if os.path.exists(partial):
+      os.remove(partial)
+  write_json(_told(path, settings, shard), {**told, "skipped": skipped, "labels": labels})
+  return len(labels)
+
+
+def _records(samples: list[Sample], encode: Encode, settings: Settings, batch_size: int) -> Iterator[tuple[int, bytes]]:
+  """(label, record) of each sample, encoded together."""
+  if not samples:
+    return
+  images = np.stack([sample["image"] for sample in samples])
+  filled = np.concatenate([images, np.repeat(images[:1], batch_size - len(images), axis=0)])
+  moments = [moment[: len(samples)].astype(DTYPES[settings.dtype]) for moment in encode(filled)]
+  if not all(np.all(np.isfinite(moment.astype(np.float32))) for moment in moments):
+    raise ValueError(
+      f"the autoencoder's latents are not finite in {settings.dtype}: "
+      "let it compute in float32 (autoencoder.dtype), or store bfloat16 (prepare.dtype)"
+    )
+  for sample, mean, logvar in zip(samples, *moments):
+    label = int(sample["label"])
+    yield label, np.asarray(label, "<i4").tobytes() + mean.tobytes() + logvar.tobytes()
+
+
+class _Guarded:
+  """A source that answers with the reason in place of a damaged image."""
+
+  def __init__(self, source: Source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Sample:
+    try:
+      return self._source[index]
+    except DamagedImage as error:
+      return {"damaged": str(error)}
+
+
+def _batches(source: Source, indices: range, batch_size: int, threads: int) -> Iterator[list[Sample]]:
+  """The samples in order, read ahead."""
+  data = grain.MapDataset.source(_Guarded(source))[indices.start : indices.stop]
+  samples = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch_size)))
+  for first in range(0, len(indices), batch_size):
+    yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
+
+
+def _range(settings: Settings, shard: int) -> range:
+  first = shard * settings.images_per_shard
+  return range(first, min(first + settings.images_per_shard, settings.images))
+
+
+def _name(settings: Settings, shard: int) -> str:
+  return f"latents-{shard:05d}-of-{settings.shards:05d}.array_record"
+
+
+def _told(path: str, settings: Settings, shard: int) -> str:
+  return os.path.join(path, f"{_name(settings, shard)}.json")
+
+
+def _is_finished(path: str, settings: Settings, shard: int) -> bool:
+  """Whether the shard is told and of the size that was told."""
+  if is_finished(path):
+    return True
+  file, told = os.path.join(path, _name(settings, shard)), _told(path, settings, shard)
+  return os.path.exists(told) and os.path.exists(file) and os.path.getsize(file) == read_json(told)["bytes"]
+
+
+def _check_room(path: str, settings: Settings, todo: list[int]):
+  """Refuses to begin what would fill the disk."""
+  needed = settings.record_bytes * sum(len(_range(settings, shard)) for shard in todo)
+  space = os.statvfs(path)
+  free = space.f_bavail * space.f_frsize
+  if needed > free:
+    raise ValueError(
+      f"{path}: the cache needs {needed / 1e9:.2f} GB more, but the disk has {free / 1e9:.2f} GB: "
+      "make room, or give another path"
+    )
+
+
+def _check_whole(file: str, records: int):
+  """Reads the end of a shard back: what a full disk cut off is seen here."""
+  reader = array_record_module.ArrayRecordReader(file)
+  try:
+    if reader.num_records() != records:
+      raise OSError(f"{file}: {reader.num_records()} of {records} records arrived on the disk")
+  finally:
+    reader.close()
+
+
+def _check_shards(path: str, manifest: dict[str, Any], verify: bool):
+  for shard in manifest["shards"]:
+    file = os.path.join(path, shard["file"])
+    if not os.path.exists(file):
+      raise ValueError(f"{file} is missing, but {MANIFEST} names it")
+    if os.path.getsize(file) != shard["bytes"]:
+      raise ValueError(f"{file}: {os.path.getsize(file)} bytes, but {MANIFEST} says {shard['bytes']}: damaged")
+  for shard in tqdm.tqdm(manifest["shards"], desc="checksums", unit="shard", disable=None if verify else True):
+    if verify and _checksum(os.path.join(path, shard["file"])) != shard["sha256"]:
+      raise ValueError(
+        f"{os.path.join(path, shard['file'])}: its SHA-256 is not that of {MANIFEST}: damaged. "
+        f"Copy it anew, or remove the directory and run --mode=prepare"
+      )
+
+
+def _checksum(file: str) -> str:
+  with open(file, "rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()

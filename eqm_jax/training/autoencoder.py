@@ -1,0 +1,84 @@
+"""Trains a small autoencoder, for data that Stable Diffusion's is too large or too far for."""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import tqdm
+
+from eqm_jax.data import pipeline
+from eqm_jax.data.samples import Source
+from eqm_jax.networks.autoencoder import Autoencoder, posterior_sample
+
+MEASURED = 1024  # images whose latents give the scaling factor
+
+log = logging.getLogger(__name__)
+
+
+def fit(options: ml_collections.ConfigDict, source: Source, seed: int) -> tuple[Autoencoder, Any]:
+  """Minimises |x − decode(z)| + kl_weight·KL(q(z|x) ‖ N(0, I)), with z drawn from q(z|x).
+
+  As in latent diffusion (Rombach et al. 2022) without its perceptual and adversarial
+  parts, so that images come back blurred. One over the standard deviation of the latents becomes the
+  `scaling_factor`.
+
+  Args:
+    options: `model` (attributes of `Autoencoder`), steps, batch_size, learning_rate, kl_weight.
+    source: images.
+    seed: of parameters, order and noise.
+
+  Returns:
+    The module and its parameters.
+
+  Raises:
+    FloatingPointError: if the loss is not finite at the end.
+  """
+  module = Autoencoder(**options.model)
+  data = pipeline.batches(source, batch_size=options.batch_size, seed=seed, flip=True, threads=2)
+  key_init, key_steps = jax.random.split(jax.random.key(seed))
+  params = jax.jit(module.init)(key_init, jnp.zeros((1, *source.shape)))["params"]
+  schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, min(50, options.steps // 2), options.steps)
+  optimizer = optax.adam(schedule)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step_fn(state, image, key):
+    params, opt_state = state
+    (_, error), gradient = jax.value_and_grad(_loss, argnums=1, has_aux=True)(
+      module, params, image, key, options.kl_weight
+    )
+    updates, opt_state = optimizer.update(gradient, opt_state)
+    return (optax.apply_updates(params, updates), opt_state), error
+
+  state = params, optimizer.init(params)
+  with tqdm.tqdm(total=options.steps, desc="autoencoder", unit="step", disable=None) as bar:
+    for step in range(options.steps):
+      state, error = step_fn(state, next(data)["image"], jax.random.fold_in(key_steps, step))
+      bar.update()
+  if not np.isfinite(error):
+    raise FloatingPointError(f"the autoencoder's error is {float(error)} after {options.steps} steps; it is not saved")
+  params = state[0]
+  module = module.clone(scaling_factor=_scaling_factor(module, params, source))
+  log.info("autoencoder: mean |x − decode(z)| %.4f of [−1, 1], scaling %.4f", float(error), module.scaling_factor)
+  return module, params
+
+
+def _loss(
+  module: Autoencoder, params: Any, image: jax.Array, key: jax.Array, kl_weight: float
+) -> tuple[jax.Array, jax.Array]:
+  mean, logvar = module.apply({"params": params}, image, method="encode")
+  decoded = module.apply({"params": params}, posterior_sample(mean, logvar, key), method="decode")
+  error = jnp.mean(jnp.abs(image - decoded))
+  divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+  return error + kl_weight * divergence, error
+
+
+def _scaling_factor(module: Autoencoder, params: Any, source: Source) -> float:
+  chosen = np.linspace(0, len(source) - 1, min(MEASURED, len(source))).astype(int)
+  images = np.stack([source[i]["image"] for i in chosen])
+  mean, logvar = jax.jit(functools.partial(module.apply, method="encode"))({"params": params}, images)
+  return float(1 / jnp.sqrt(jnp.var(mean) + jnp.mean(jnp.exp(logvar))))

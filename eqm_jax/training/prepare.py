@@ -1,0 +1,87 @@
+"""Makes the cache of latents that a model is trained on: images → autoencoder → moments on disk."""
+
+import logging
+import os
+
+import jax
+import ml_collections
+from jax.experimental import multihost_utils
+
+from eqm_jax.data import latents, sources
+from eqm_jax.training import autoencoder, pretrained
+
+log = logging.getLogger(__name__)
+
+
+def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
+  """Encodes `config.prepare.source` into the cache at `config.data.options.path`, if that is not finished.
+
+  All processes of a run take part; each encodes its shards on its own devices. A killed one
+  goes on where it was. Where the autoencoder is missing and the config has `prepare.fit`, it is
+  trained first, on the same images.
+
+  Args:
+    config: the whole config.
+    verify: read a finished cache once and compare its checksums.
+
+  Raises:
+    ValueError: if the cache holds something else than the config asks for, is damaged, or an
+      image is.
+  """
+  if config.data.source != "latents":
+    raise ValueError(f"data.source = {config.data.source!r}: only 'latents' are prepared")
+  options, path = config.prepare, config.data.options.path
+  wanted = {
+    "source": options.source,
+    "options": {name: value for name, value in options.options.to_dict().items() if name != "path"},
+    "dtype": options.dtype,
+  }
+  if latents.is_finished(path):
+    manifest = latents.read_manifest(path)
+    name = {"autoencoder": manifest["autoencoder"] | {"name": config.autoencoder.name}}
+    latents.check_same(os.path.join(path, latents.MANIFEST), manifest, wanted | name)
+    if verify:
+      latents.Latents(path, verify=True)
+    log.info("%s: %d images are encoded%s", path, manifest["records"], ", all checksums are right" if verify else "")
+    return
+  source = sources.open_source(options.source, {**options.options})
+  if len(source.shape) != 3 or "image" not in source[0]:
+    raise ValueError(f"prepare.source = {options.source!r} has no images to encode")
+  if "fit" in options and not os.path.exists(config.autoencoder.path):
+    log.info("there is no autoencoder at %s: training one", config.autoencoder.path)
+    module, params = autoencoder.fit(options.fit, source, config.seed)
+    pretrained.save_autoencoder(config.autoencoder.path, module, params)
+  codec = pretrained.open_codec(config.autoencoder)
+  if codec is None:
+    raise ValueError("autoencoder.path is empty: give the autoencoder that encodes the images")
+  settings = latents.Settings(
+    **wanted,
+    images=len(source),
+    num_classes=source.num_classes,
+    image_size=source.shape[0],
+    latent_shape=codec.latent_shape(source.shape),
+    images_per_shard=options.images_per_shard,
+    autoencoder=codec.identity,
+  )
+  encoded = latents.write(
+    path,
+    source,
+    codec.moments,
+    settings,
+    batch_size=codec.batch_size,
+    threads=options.threads,
+    skip_damaged=options.skip_damaged,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  _wait_for_all("encoded")
+  if jax.process_index() == 0:
+    manifest = latents.finish(path, settings)
+    skipped = settings.images - manifest["records"]
+    log.info("%s: %d images, %d of them encoded now, %d left out", path, manifest["records"], encoded, skipped)
+  _wait_for_all("finished")
+
+
+def _wait_for_all(what: str):
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"the cache of latents is {what}")
