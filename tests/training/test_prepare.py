@@ -1,0 +1,186 @@
+"""From photographs to decoded samples: the chain, and what is refused where its links do not fit."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import load_config
+
+import eqm_jax
+from eqm_jax import programs
+from eqm_jax.data import latents
+from eqm_jax.training import autoencoder, benchmark, pretrained
+
+
+def small(directory: pathlib.Path, variant: str = "smoke"):
+  """A few patches, the smallest networks, no evaluation."""
+  config = load_config("photographs", variant)
+  if "prepare" in config:
+    config.prepare.options.stride = 60
+    config.prepare.images_per_shard = 10
+    config.data.options.path = str(directory / "latents")
+  else:
+    config.data.options.stride = 60
+  config.autoencoder.update(path=str(directory / "autoencoder"), batch_size=6)
+  config.model.update(width=16, depth=1, num_heads=2)
+  config.train.update(steps=2, batch_size=4)
+  config.optimizer.warmup_steps = 1
+  config.evaluation.samples = 0
+  config.sample.update(count=5, batch_size=5, sampler="gd", images=True)
+  config.samplers.gd.max_evaluations = 3
+  return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> pathlib.Path:
+  """A directory with autoencoder, latents and run, made by one command."""
+  directory = tmp_path_factory.mktemp("photographs")
+  programs.run("train", small(directory), str(directory / "run"), None)
+  return directory
+
+
+@pytest.fixture
+def directory(trained, tmp_path) -> pathlib.Path:
+  """A copy to do harm to."""
+  shutil.copytree(trained, tmp_path / "copy")
+  return tmp_path / "copy"
+
+
+def test_the_chain_records_its_autoencoder_all_along(trained):
+  module, params = pretrained.load_autoencoder(str(trained / "autoencoder"))
+  manifest = latents.read_manifest(str(trained / "latents"))
+  identity = manifest["autoencoder"]
+  assert identity["name"] == "photographs" and identity["scaling_factor"] == module.scaling_factor
+  assert manifest["records"] == manifest["images"] == len(latents.Latents(str(trained / "latents")))
+  recorded = {name: identity[name] for name in ("name", "sha256")}
+  assert eqm_jax.load(trained / "run").autoencoder == recorded
+  # What is cached is what this autoencoder makes of the images.
+  source = programs.sources.open_source("photographs", {"size": 32, "stride": 60, "shrink": 2})
+  mean, _ = module.apply({"params": params}, source.images[:3], method="encode")
+  cached = latents.Latents(str(trained / "latents"))
+  np.testing.assert_allclose([cached.side(i, 0)["mean"] for i in range(3)], mean * module.scaling_factor, atol=2e-3)
+  mirrored, _ = module.apply({"params": params}, source.images[:3, :, ::-1], method="encode")
+  np.testing.assert_allclose([cached.side(i, 1)["mean"] for i in range(3)], mirrored * module.scaling_factor, atol=2e-3)
+
+
+def test_an_export_keeps_the_record(trained, tmp_path):
+  loaded = eqm_jax.load(trained / "run")
+  eqm_jax.save_pretrained(tmp_path / "export", loaded.model, loaded.params, autoencoder=loaded.autoencoder)
+  assert eqm_jax.load(tmp_path / "export").autoencoder == loaded.autoencoder
+  eqm_jax.save_pretrained(tmp_path / "pixels", loaded.model, loaded.params)
+  assert eqm_jax.load(tmp_path / "pixels").autoencoder is None
+
+
+def test_samples_are_decoded(trained):
+  programs.run("sample", small(trained), str(trained / "run"), None)
+  arrays = np.load(trained / "run" / "samples" / "samples.npz")
+  assert arrays["x"].shape == (5, 8, 8, 4) and arrays["image"].shape == (5, 32, 32, 3)
+  assert arrays["image"].dtype == np.uint8
+  module, params = pretrained.load_autoencoder(str(trained / "autoencoder"))
+  decoded = module.apply({"params": params}, arrays["x"] / module.scaling_factor, method="decode")
+  expected = np.clip(np.rint(127.5 * decoded + 127.5), 0, 255)
+  assert np.abs(arrays["image"] - expected).max() <= 1
+  assert len(list((trained / "run" / "samples" / "images").iterdir())) == 5
+
+
+def test_prepared_again_it_only_verifies(trained, caplog):
+  before = {file.name: file.stat().st_mtime_ns for file in (trained / "latents").iterdir()}
+  with caplog.at_level("INFO"):
+    programs.run("prepare", small(trained), str(trained / "run"), None)
+  assert "all checksums are right" in caplog.text
+  assert {file.name: file.stat().st_mtime_ns for file in (trained / "latents").iterdir()} == before
+
+
+def test_without_a_cache_images_are_encoded_in_each_step(trained, tmp_path):
+  config = small(trained, "online")
+  config.optimizer.schedule = "constant"
+  programs.run("train", config, str(tmp_path / "run"), None)
+  losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert np.isfinite(losses).all()
+  assert eqm_jax.load(tmp_path / "run").autoencoder == eqm_jax.load(trained / "run").autoencoder
+
+
+def test_a_benchmark_times_reading_and_both_ways_of_training(trained, tmp_path, monkeypatch):
+  monkeypatch.setattr(benchmark, "READ_SECONDS", 0.2)
+  config = small(trained)
+  config.train.log_every = 2
+  programs.run("benchmark", config, str(tmp_path), None)
+  rows = json.loads((tmp_path / "benchmark" / "benchmark.json").read_text())["rows"]
+  assert [row["name"].split()[0] for row in rows] == ["reader", "training", "training,"]
+  assert all(row["examples_per_second"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+  assert len((tmp_path / "benchmark" / "benchmark.md").read_text().splitlines()) == 7
+
+
+def replace_autoencoder(directory):
+  """Other weights under the same path."""
+  module, params = pretrained.load_autoencoder(str(directory / "autoencoder"))
+  shutil.rmtree(directory / "autoencoder")
+  pretrained.save_autoencoder(str(directory / "autoencoder"), module, jax.tree.map(lambda leaf: leaf * 1.01, params))
+
+
+def damage_shard(directory):
+  shard = sorted((directory / "latents").glob("*.array_record"))[0]
+  content = bytearray(shard.read_bytes())
+  content[-1] ^= 1
+  shard.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  "mode, harm, changes, message",
+  [
+    ("train", replace_autoencoder, {}, "'latents' is of latents of the autoencoder 'photographs' .* is given"),
+    ("sample", replace_autoencoder, {}, "the model is of latents of the autoencoder 'photographs'"),
+    ("train", None, {"autoencoder.name": "mse"}, "'photographs'.* there, .*'mse'.* wanted"),
+    ("train", None, {"autoencoder.sha256": "00"}, "autoencoder.sha256 = '00'"),
+    ("train", None, {"autoencoder.batch_size": 0}, "autoencoder.batch_size = 0"),
+    ("train", None, {"autoencoder.path": "nowhere"}, "nowhere: no such autoencoder"),
+    (
+      "train",
+      None,
+      {"prepare.options.size": 16},
+      "manifest.json is of other latents: options: .*'size': 32.*'size': 16",
+    ),
+    ("train", None, {"prepare.dtype": "bfloat16"}, "dtype: 'float16' there"),
+    ("train", None, {"model.input_size": 4}, r"samples of shape \(8, 8, 4\), but the model takes \(4, 4, 4\)"),
+    ("train", damage_shard, {}, "its SHA-256 is not that of manifest.json"),
+    ("prepare", damage_shard, {}, "its SHA-256 is not that of manifest.json"),
+  ],
+)
+def test_links_that_do_not_fit_are_refused(directory, mode, harm, changes, message):
+  if harm:
+    harm(directory)
+  config = small(directory)
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    programs.run(mode, config, str(directory / "run"), None)
+
+
+def test_a_run_does_not_go_on_with_latents_of_another_autoencoder(directory):
+  replace_autoencoder(directory)
+  shutil.rmtree(directory / "latents")
+  config = small(directory)
+  config.train.steps = 3
+  with pytest.raises(ValueError, match="run is of latents of the autoencoder 'photographs'"):
+    programs.run("train", config, str(directory / "run"), None)
+
+
+def test_what_needs_no_preparing_says_so(tiny_config, tmp_path):
+  with pytest.raises(ValueError, match="has no section `prepare`"):
+    programs.run("prepare", tiny_config, str(tmp_path), None)
+
+
+def test_an_autoencoder_learns_to_bring_images_back():
+  config = load_config("photographs", "smoke")
+  source = programs.sources.open_source("photographs", {"size": 16, "stride": 30, "shrink": 2})
+  errors = {}
+  for steps in (1, 60):
+    config.prepare.fit.update(steps=steps, batch_size=8, learning_rate=5e-3)
+    module, params = autoencoder.fit(config.prepare.fit, source, seed=0)
+    back = module.apply({"params": params}, source.images)
+    errors[steps] = float(np.mean(np.abs(back - source.images)))
+  assert errors[60] < 0.6 * errors[1]
+  mean, logvar = module.apply({"params": params}, source.images, method="encode")
+  assert abs(module.scaling_factor * np.sqrt(np.var(mean) + np.mean(np.exp(logvar))) - 1) < 0.02
