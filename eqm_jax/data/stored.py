@@ -83,7 +83,7 @@ class Tfds:
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
       raise ValueError(
         f"{directory}: holds {builder.info.file_format.value} files, which have no random access; convert them: "
-        f"tfds convert_format --root_data_dir={path} --out_file_format=array_record --out_path=NEW_PATH"
+        f"tfds convert_format --root_data_dir={path} --out_file_format=array_record --out_dir=NEW_PATH"
       )
     missing = {"image", "label"} - set(builder.info.features)
     if missing:

@@ -47,10 +47,11 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
   source = sources.open_source(options.source, {**options.options})
   if len(source.shape) != 3 or "image" not in source[0]:
     raise ValueError(f"prepare.source = {options.source!r} has no images to encode")
-  if "fit" in options and not os.path.exists(config.autoencoder.path):
+  if "fit" in options and not os.path.exists(config.autoencoder.path) and jax.process_index() == 0:
     log.info("there is no autoencoder at %s: training one", config.autoencoder.path)
     module, params = autoencoder.fit(options.fit, source, config.seed)
     pretrained.save_autoencoder(config.autoencoder.path, module, params)
+  _wait_for_all("given an autoencoder")
   codec = pretrained.open_codec(config.autoencoder)
   if codec is None:
     raise ValueError("autoencoder.path is empty: give the autoencoder that encodes the images")
