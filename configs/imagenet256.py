@@ -1,8 +1,8 @@
 """EqM-XL/2 on ImageNet 256×256 in the latent space of Stable Diffusion's autoencoder.
 
 Command:   python -m eqm_jax.main --config=configs/imagenet256.py --workdir=runs/xl2
-           on every host of the slice. It encodes the images into a cache, trains from that and
-           goes on where it was when started again. --mode=prepare encodes only.
+           It encodes the images into a cache, trains from that and goes on where it was when
+           started again. --mode=prepare encodes only.
            Variants: imagenet256.py:B/2, :L/2, :XL/2 (the default); :S/2 and patches 4 and 8 as
            well. With "-tfds" after it, the images are those of a TFDS build; with "-online" they
            are encoded in each step, without a cache.
@@ -64,7 +64,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     name="ema",  # which it is: "ema" or "mse" of Stable Diffusion's; recorded wherever its latents go
     sha256="",  # of its parameters, where they must be certain ones
     dtype="bfloat16" if online else "float32",  # of its convolutions; what is encoded once is encoded exactly
-    batch_size=32,  # images that it takes at a time
+    batch_size=32,  # images that it takes at a time; in a training step, all of its batch
   )
   if not online:
     config.prepare = config_dict.create(  # of the cache

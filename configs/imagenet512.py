@@ -25,7 +25,6 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
   config.model.remat = "full"  # the backward pass computes each block again
   if "prepare" in config:
     config.prepare.options.size = 512  # pixels
-    config.prepare.images_per_shard = 512  # 67 MB
     config.data.options.path = "data/imagenet512_latents"
   else:
     config.data.options.size = 512

@@ -27,18 +27,21 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       f"configs/photographs.py has no variant {variant!r}: choose one of {', '.join(VARIANTS[1:])} or none"
     )
   smoke, online = variant == "smoke", variant == "online"
+  directory = "runs/photographs_smoke" if smoke else "runs/photographs"
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
   images = config_dict.create(
-    size=32, stride=24 if smoke else 4, shrink=2 if smoke else 4
-  )  # pixels; the photographs are made smaller
+    size=32,  # pixels
+    stride=40 if smoke else 6,  # pixels from one patch to the next
+    shrink=2 if smoke else 4,  # by which the photographs are made smaller before
+  )
   config.data = config_dict.create(
     source="photographs" if online else "latents",  # one of data/sources.py
     options=images
     if online
     else config_dict.create(
-      path="runs/photographs/latents",  # of the cache, made when it is not there
+      path=f"{directory}/latents",  # of the cache, made when it is not there
       verify=True,  # read it once and compare the checksums
     ),
     flip=True,  # mirror half of the images; of latents, use the mirror image's moments
@@ -46,11 +49,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     workers=0,  # processes that read; 0: this one
   )
   config.autoencoder = config_dict.create(  # of models of latents
-    path="runs/photographs/autoencoder",  # "": the samples are pixels, nothing is decoded
+    path=f"{directory}/autoencoder",  # "": the samples are pixels, nothing is decoded
     name="photographs",  # which it is, your word; recorded wherever its latents go
     sha256="",  # of its parameters, where they must be certain ones
     dtype="float32",  # of its convolutions: "float32" or "bfloat16"
-    batch_size=40 if smoke else 128,  # images that it takes at a time
+    batch_size=40 if smoke else 128,  # images that it takes at a time; in a training step, all of its batch
   )
   if not online:
     config.prepare = config_dict.create(  # of the cache
@@ -61,7 +64,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       threads=2,  # that read ahead
       skip_damaged=False,  # leave damaged images out, and count them; False: stop at the first
       fit=config_dict.create(  # trains the autoencoder where there is none
-        steps=5 if smoke else 300,
+        steps=5 if smoke else 350,
         batch_size=8 if smoke else 16,
         learning_rate=5e-3,
         kl_weight=1e-4,
@@ -75,8 +78,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.model = config_dict.create(  # the attributes of networks.dit.DiT
     input_size=8,  # latent pixels: 32 / 4
     channels=4,
-    patch_size=2,  # latent pixels
-    width=16 if smoke else 128,
+    patch_size=4,  # latent pixels
+    width=16 if smoke else 192,
     depth=1 if smoke else 3,  # blocks
     num_heads=4,
     num_classes=2,  # label 2 is "no class"
@@ -114,7 +117,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     ema_decay=0.9 if smoke else 0.998,
   )
   config.train = config_dict.create(
-    steps=20 if smoke else 1500,
+    steps=20 if smoke else 2600,
     batch_size=32 if smoke else 64,
     log_every=20 if smoke else 100,  # steps
     init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
@@ -128,11 +131,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
   few = dict(step_size=0.03, max_evaluations=25) if smoke else {}
   config.samplers = config_dict.create(  # one row of the evaluation each
-    gd=_row(**few),
-    adaptive=_row(threshold=8.0, **few),
+    adaptive=_row(threshold=10.0, **few),
   )
   config.evaluation = config_dict.create(
-    samples=40 if smoke else 1000,  # 0: none
+    samples=40 if smoke else 0 if online else 500,  # 0: none; latents are compared with those of a cache
     batch_size=40 if smoke else 200,  # samples in flight
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"

@@ -1,7 +1,8 @@
-"""JSON files that are whole or not there."""
+"""JSON files that are whole or not there, and many files at once."""
 
 import json
 import os
+import resource
 from typing import Any
 
 
@@ -10,6 +11,8 @@ def write_json(path: str, content: Any):
   with open(path + ".partial", "w", encoding="utf-8") as file:
     json.dump(content, file, indent=2, ensure_ascii=False)
     file.write("\n")
+    file.flush()
+    os.fsync(file.fileno())  # or a crash of the machine could leave an empty file under the final name
   os.replace(path + ".partial", path)
 
 
@@ -20,3 +23,18 @@ def read_json(path: str) -> Any:
       return json.load(file)
     except json.JSONDecodeError as error:
       raise ValueError(f"{path}: not readable as JSON ({error})") from error
+
+
+def allow_open_files(count: int):
+  """Raises the process's limit of open files where `count` more, which stay open, would not fit.
+
+  Raises:
+    ValueError: if the machine does not allow that.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  needed = count + 256
+  if soft == resource.RLIM_INFINITY or needed <= soft:
+    return
+  if hard != resource.RLIM_INFINITY and hard < needed:
+    raise ValueError(f"{count} files of data need {needed} open files, but {hard} are allowed: raise it (ulimit -Hn)")
+  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -73,6 +73,7 @@ def _prepare(config, workdir, checkpoint):
 
 def _evaluate(config, workdir, checkpoint):
   model, source = _load(config, workdir, checkpoint, config.evaluation.weights), _source(config)
+  check_same_autoencoder("the model", model.autoencoder, source.autoencoder)
   batching = _batching(config, config.evaluation, model)
   directory = os.path.join(workdir, "evaluation")
   evaluate.evaluate(config, model.model, model.params, source, batching, directory)
@@ -115,6 +116,7 @@ def _compose(config, workdir, checkpoint):
         f"tasks.compose.checkpoints: {path} makes {part.model.input_shape} of {part.model.num_classes} classes, but "
         f"the model {model.model.input_shape} of {model.model.num_classes}: they cannot be added"
       )
+    check_same_autoencoder(f"tasks.compose.checkpoints: {path}", part.autoencoder, model.autoencoder)
     if part.model.time_input:
       raise ValueError(f"tasks.compose.checkpoints: {path or workdir} is told the time: only fields without it add up")
     terms.append((part.model, part.params, label, weight))
@@ -149,6 +151,7 @@ def _benchmark(config, workdir, checkpoint):
 def _task(config, workdir, checkpoint, noisy=False):
   """(model, images, data set, batching) of a task."""
   model, source = _load(config, workdir, checkpoint, config.tasks.weights), _source(config)
+  check_same_autoencoder("the model", model.autoencoder, source.autoencoder)
   batching = _batching(config, config.tasks, model)
   inputs.check_options(config.tasks, batching)
   return model, inputs.open_inputs(config.tasks, source, model.model, noisy), source, batching
@@ -177,4 +180,5 @@ def _batching(config, options, model: pretrained.Pretrained | None = None) -> sa
     key=state.stream_key(options.seed, "samples"),
     multiplier=evaluate.schedule_of(config).multiplier,
     decode=codec.decode if codec else None,
+    autoencoder=f"{codec.name} {codec.identity['sha256']}" if codec else "",
   )

@@ -12,14 +12,17 @@ import re
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
-import safetensors.numpy
+import safetensors
 from etils import epath
 
 from eqm_jax.networks.autoencoder import Autoencoder, parameter_shapes
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+# safetensors' own reader of numpy arrays knows no bfloat16.
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 ONLY = {  # what the published config may say besides the module's attributes, and the module knows
   "act_fn": "silu",
   "shift_factor": None,
@@ -76,9 +79,9 @@ def load(path: str, **overrides: Any) -> tuple[Autoencoder, dict[str, Any]]:
   return module, _to_tree(tensors, parameter_shapes(module), file)
 
 
-def fingerprint(params: Any) -> str:
-  """SHA-256 of the parameters: the same for the same numbers, whatever file they came from."""
-  digest = hashlib.sha256()
+def fingerprint(module: Autoencoder, params: Any) -> str:
+  """SHA-256 of parameters and scaling: the same for the same latents, whatever file they came from."""
+  digest = hashlib.sha256(np.asarray(module.scaling_factor, "<f4").tobytes())
   for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: jax.tree_util.keystr(item[0])):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
@@ -125,7 +128,7 @@ def _deduced_attributes(file: epath.Path, tensors: dict[str, np.ndarray], overri
       "use_quant_conv": "quant_conv.weight" in tensors,
       "use_post_quant_conv": "post_quant_conv.weight" in tensors,
     }
-  except (KeyError, ValueError) as error:
+  except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{file}: holds no AutoencoderKL ({error})") from error
   if "norm_num_groups" not in overrides and any(count % Autoencoder.norm_num_groups for count in channels):
     raise ValueError(
@@ -137,7 +140,10 @@ def _deduced_attributes(file: epath.Path, tensors: dict[str, np.ndarray], overri
 def _read(file: epath.Path) -> dict[str, np.ndarray]:
   """The tensors by their names of today."""
   try:
-    tensors = safetensors.numpy.load(file.read_bytes())
+    tensors = {
+      name: np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
+      for name, view in safetensors.deserialize(file.read_bytes())
+    }
   except (safetensors.SafetensorError, KeyError, ValueError) as error:
     raise ValueError(f"{file}: not a whole .safetensors file ({error})") from error
   renamed = {}
@@ -166,7 +172,7 @@ def _to_tree(tensors: dict[str, np.ndarray], shapes: Any, file: epath.Path) -> d
     if name not in tensors:
       raise ValueError(f"{file}: has no {name}, which the autoencoder needs; seen {len(tensors)} tensors of it")
     used.add(name)
-    tensor = np.asarray(tensors[name], np.float32)
+    tensor = np.array(tensors[name], np.float32)
     if leaf == "kernel" and len(expected.shape) == 2:
       tensor = tensor.reshape(tensor.shape[:2]).T  # the original code has 1×1 convolutions
     elif leaf == "kernel":

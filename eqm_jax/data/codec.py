@@ -35,7 +35,7 @@ class Codec:
     """What tells latents of one autoencoder from those of another."""
     return {
       "name": self.name,
-      "sha256": convert.fingerprint(self.params),
+      "sha256": convert.fingerprint(self.module, self.params),
       "scaling_factor": self.module.scaling_factor,
     }
 
@@ -69,12 +69,13 @@ class Codec:
     return jax.device_get(_moments(self.module, self._placed, self._split(images)))
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
-    """Latents [N, h, w, c], scaled as a model makes them → images [N, H, W, C] in [−1, 1]."""
+    """Latents [N, h, w, c], scaled as a model makes them → images [N, H, W, C] uint8."""
     images = []
     for first in range(0, len(latents), self.batch_size):
       part = latents[first : first + self.batch_size]
       filled = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
-      images.append(jax.device_get(_decode(self.module, self._placed, self._split(filled)))[: len(part)])
+      decoded = jax.device_get(_decode(self.module, self._placed, self._split(filled)))[: len(part)]
+      images.append(np.rint(127.5 * decoded + 127.5).astype(np.uint8))
     return np.concatenate(images)
 
   @functools.cached_property
@@ -90,7 +91,7 @@ class Codec:
 
 
 def encode_batch(module: Autoencoder, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """A batch of images in a training step → the batch of moments that a cache would have given, scaled."""
+  """A batch of images in a training step, all at once → the batch of moments that a cache would have given."""
   mean, logvar = module.apply({"params": params}, batch["image"], method="encode")
   scale = module.scaling_factor
   return {"mean": mean * scale, "logvar": logvar + 2 * np.log(scale), "label": batch["label"]}

@@ -39,7 +39,7 @@ def decode(data: bytes, where: str, size: int, channels: int) -> np.ndarray:
           f"it would be enlarged more than {ENLARGED} times"
         )
       return np.asarray(centre_crop(image.convert(MODES[channels]), size)).reshape(size, size, channels)
-  except DamagedImage:
+  except (DamagedImage, MemoryError):
     raise
   except Exception as error:  # Pillow's decoders raise whatever comes of the bytes
     raise DamagedImage(f"{where}: not a whole image ({error})") from error

@@ -6,11 +6,12 @@ unscaled, float16 or bfloat16, little-endian.
 
 While it is made there are settings.json, which tells what is being made, and beside each
 finished shard its .json, with size and checksum. A shard is written under another
-name, read back, renamed, and then told; one that is not told is made again. When all are
-there, the manifest takes the place of these files. Whoever reads needs the manifest, so
+name, its records are counted, it is renamed, and then told; one that is not told is made again.
+When all are there, the manifest takes the place of these files. Whoever reads needs the manifest, so
 a cache that is not whole is never taken for one.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -28,7 +29,7 @@ from array_record.python import array_record_module
 
 from eqm_jax.data.images import DamagedImage
 from eqm_jax.data.samples import Sample, Source, checked_labels
-from eqm_jax.files import read_json, write_json
+from eqm_jax.files import allow_open_files, read_json, write_json
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
@@ -44,9 +45,13 @@ Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a cache holds. Two caches of the same settings hold the same latents."""
+  """What a cache holds.
 
-  source: str  # name and options of the data set, as in the config
+  Raises:
+    ValueError: if a value is none that it can have.
+  """
+
+  source: str  # name and options of the data set, as in the config, but for its path: that may change
   options: dict[str, Any]
   images: int  # of the data set, damaged ones included
   num_classes: int
@@ -57,6 +62,13 @@ class Settings:
   autoencoder: dict[str, Any]  # name ("ema", "mse", ...), sha256 of its parameters, scaling_factor
   crop: str = "ADM centre crop"
   version: int = VERSION
+
+  def __post_init__(self):
+    if self.dtype not in DTYPES or self.images_per_shard < 1:
+      raise ValueError(
+        f"prepare.dtype = {self.dtype!r} must be one of {', '.join(DTYPES)}, "
+        f"and prepare.images_per_shard = {self.images_per_shard} at least 1"
+      )
 
   @property
   def shards(self) -> int:
@@ -88,18 +100,19 @@ class Latents:
     """
     manifest = read_manifest(path)
     _check_shards(path, manifest, verify)
-    self.manifest, self.autoencoder = manifest, manifest["autoencoder"]
+    self.autoencoder = manifest["autoencoder"]
     self.num_classes, self.shape = manifest["num_classes"], tuple(manifest["latent_shape"])
-    labels = np.asarray([label for shard in manifest["shards"] for label in shard["labels"]], np.int32)
-    self.labels = checked_labels(labels, self.num_classes, path)
+    labels = " ".join(shard["labels"] for shard in manifest["shards"])
+    self.labels = checked_labels(np.asarray(labels.split(), np.int32), self.num_classes, path)
     self._path, self._dtype = path, DTYPES[manifest["dtype"]]
     self._scale, self._log_scale = (
       np.float32(self.autoencoder["scaling_factor"]),
       np.float32(2 * np.log(self.autoencoder["scaling_factor"])),
     )
     # With the manifest's counts, "file[0:count]", no file is opened before it is read.
-    counts = {shard["file"]: len(shard["labels"]) for shard in manifest["shards"] if shard["labels"]}
-    files = [f"{os.path.join(path, file)}[0:{count}]" for file, count in counts.items()]
+    shards = [shard for shard in manifest["shards"] if shard["records"]]
+    allow_open_files(len(shards))
+    files = [f"{os.path.join(path, shard['file'])}[0:{shard['records']}]" for shard in shards]
     self._records = grain.sources.ArrayRecordDataSource(files)
 
   def __len__(self) -> int:
@@ -157,10 +170,12 @@ def write(
       disk, or an image is damaged; naming it.
     OSError: if writing fails; the finished shards stay.
   """
+  check_path(path)
   _begin(path, settings, writes=process_index == 0)
   mine = range(process_index, settings.shards, process_count)
-  todo = [shard for shard in mine if not _is_finished(path, settings, shard)]
-  _check_room(path, settings, todo)
+  missing = [shard for shard in range(settings.shards) if not _is_finished(path, settings, shard)]
+  todo = [shard for shard in missing if shard in mine]
+  _check_room(path, settings, missing)  # those of the other processes come onto the same disk
   if len(todo) < len(mine):
     log.info("%s: %d of %d shards are there already", path, len(mine) - len(todo), len(mine))
   encoded, begin = 0, time.monotonic()
@@ -185,14 +200,21 @@ def finish(path: str, settings: Settings) -> dict[str, Any]:
       raise ValueError(f"{os.path.join(path, _name(settings, shard))} is not finished: run the preparation again")
   shards = [read_json(_told(path, settings, shard)) for shard in range(settings.shards)]
   skipped = [name for shard in shards for name in shard["skipped"]]
-  if not any(shard["labels"] for shard in shards):
+  records = sum(shard["records"] for shard in shards)
+  if not records:
     raise ValueError(f"{path}: all {settings.images} images are damaged, the first: {skipped[0]}")
-  manifest = {**settings.to_json(), "records": sum(len(shard["labels"]) for shard in shards), "shards": shards}
+  manifest = {**settings.to_json(), "records": records, "shards": shards}
   write_json(os.path.join(path, MANIFEST), manifest)
   for shard in range(settings.shards):
     os.remove(_told(path, settings, shard))
   os.remove(os.path.join(path, SETTINGS))
   return manifest
+
+
+def check_path(path: str):
+  """Refuses, as a ValueError, a bucket."""
+  if "://" in path:
+    raise ValueError(f"{path}: ArrayRecord reads and writes mounted files only: mount the bucket and give its path")
 
 
 def is_finished(path: str) -> bool:
@@ -206,8 +228,7 @@ def read_manifest(path: str) -> dict[str, Any]:
   Raises:
     ValueError: if there is no finished cache, or its manifest is damaged.
   """
-  if "://" in path:
-    raise ValueError(f"{path}: ArrayRecord reads mounted files only: mount the bucket and give its path")
+  check_path(path)
   file = os.path.join(path, MANIFEST)
   if not os.path.exists(file):
     begun = "was begun and not finished" if os.path.exists(os.path.join(path, SETTINGS)) else "is not there"
@@ -248,7 +269,9 @@ def check_same(where: str, there: dict[str, Any], wanted: dict[str, Any]):
     f"{name}: {there.get(name)!r} there, {value!r} wanted" for name, value in wanted.items() if there.get(name) != value
   ]
   if found:
-    raise ValueError(f"{where} is of other latents: {'; '.join(found)}. Give another path, or remove it")
+    raise ValueError(
+      f"{where} is of other latents: {'; '.join(found)}. Set the config to what is there, or give another path"
+    )
 
 
 def _write_shard(path, source, encode, settings, shard, batch_size, threads, skip_damaged, bar) -> int:
@@ -257,7 +280,8 @@ def _write_shard(path, source, encode, settings, shard, batch_size, threads, ski
   partial = f"{file}.partial"
   labels, skipped = [], []
   try:
-    writer = array_record_module.ArrayRecordWriter(partial, "group_size:1,uncompressed")
+    with _disk_errors(partial):
+      writer = array_record_module.ArrayRecordWriter(partial, "group_size:1,uncompressed")
     try:
       for samples in _batches(source, _range(settings, shard), batch_size, threads):
         damaged = [sample["damaged"] for sample in samples if "damaged" in sample]
@@ -268,21 +292,35 @@ def _write_shard(path, source, encode, settings, shard, batch_size, threads, ski
         skipped += damaged
         whole = [sample for sample in samples if "damaged" not in sample]
         for label, record in _records(whole, encode, settings, batch_size):
-          writer.write(record)
+          with _disk_errors(partial):
+            writer.write(record)
           labels.append(label)
         bar.update(len(samples))
     finally:
-      writer.close()
-    _check_whole(partial, len(labels))
+      with _disk_errors(partial):
+        writer.close()
+    with _disk_errors(partial):
+      _check_whole(partial, len(labels))
     told = {"file": os.path.basename(file), "bytes": os.path.getsize(partial), "sha256": _checksum(partial)}
+    with open(partial, "rb") as written:
+      os.fsync(written.fileno())
     os.replace(partial, file)
-  except RuntimeError as error:  # what ArrayRecord makes of a disk that fails
-    raise OSError(f"{partial} cannot be written ({error}); the shards before it are whole, and stay") from error
   finally:
     if os.path.exists(partial):
       os.remove(partial)
-  write_json(_told(path, settings, shard), {**told, "skipped": skipped, "labels": labels})
+  # Labels are one line of text: a JSON list would be a line for each of a million.
+  told |= {"records": len(labels), "skipped": skipped, "labels": " ".join(map(str, labels))}
+  write_json(_told(path, settings, shard), told)
   return len(labels)
+
+
+@contextlib.contextmanager
+def _disk_errors(file: str) -> Iterator[None]:
+  """What ArrayRecord makes of a disk that fails, as the OSError that it is."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(f"{file} cannot be written ({error}); the shards before it are whole, and stay") from error
 
 
 def _records(samples: list[Sample], encode: Encode, settings: Settings, batch_size: int) -> Iterator[tuple[int, bytes]]:
@@ -321,7 +359,9 @@ class _Guarded:
 def _batches(source: Source, indices: range, batch_size: int, threads: int) -> Iterator[list[Sample]]:
   """The samples in order, read ahead."""
   data = grain.MapDataset.source(_Guarded(source))[indices.start : indices.stop]
-  samples = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch_size)))
+  samples = iter(
+    data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(batch_size, threads)))
+  )
   for first in range(0, len(indices), batch_size):
     yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
 

@@ -1,8 +1,8 @@
 """What a data set is to the rest of the package: random access to samples, dicts of arrays.
 
 A sample has `label`, and either `image` [H, W, C] float32 in [−1, 1], or the
-autoencoder's `mean` and `logvar` [H, W, C], from which training draws a latent
-anew each time.
+autoencoder's `mean` and `logvar` [2, H, W, C], of the image and its mirror image, from which
+training draws a latent anew each time.
 """
 
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ class Source(Protocol):
 
   shape: tuple[int, int, int]  # (H, W, C) of a sample
   num_classes: int
+  autoencoder: dict[str, Any] | None  # whose latents they are, as `Codec.identity` has it; None: they are images
 
   @property
   def labels(self) -> np.ndarray: ...  # [N] int32; may take a pass over the data
@@ -26,6 +27,8 @@ class Source(Protocol):
 
 class Images:
   """Images held in memory: [N, H, W, C] float32 in [−1, 1], and int labels [N]."""
+
+  autoencoder = None
 
   def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int):
     self.images, self.labels, self.num_classes = images, checked_labels(labels, num_classes), num_classes

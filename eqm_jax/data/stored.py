@@ -9,12 +9,15 @@ from etils import epath
 
 from eqm_jax.data import images
 from eqm_jax.data.samples import Images, Sample, checked_labels
+from eqm_jax.files import allow_open_files
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class Folder:
   """One directory for each class, the images anywhere below it, in the order of torchvision's ImageFolder."""
+
+  autoencoder = None
 
   def __init__(self, path: str, size: int, channels: int = 3):
     """Lists the files; images are read when they are asked for, and cropped as in ADM.
@@ -35,12 +38,13 @@ class Folder:
     classes = sorted(entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir())
     if not classes:
       raise ValueError(f"{path}: holds no directory: put the images of each class into one, or all into a single one")
-    found = [list(_images_below(directory)) for directory in classes]
+    # As sorted(os.walk(class)) has them: by directory, then by name.
+    found = [sorted(_images_below(directory), key=lambda file: (str(file.parent), file.name)) for directory in classes]
     empty = [str(directory) for directory, files in zip(classes, found) if not files]
     if empty:
       raise ValueError(f"{empty[0]}: a class without images ({', '.join(EXTENSIONS)}); {len(empty)} such in {path}")
     self.files = [file for files in found for file in files]
-    self.classes, self.num_classes = [directory.name for directory in classes], len(classes)
+    self.num_classes = len(classes)
     self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in found])
     self.shape = (size, size, channels)
 
@@ -48,16 +52,14 @@ class Folder:
     return len(self.files)
 
   def __getitem__(self, index: int) -> Sample:
-    file = self.files[index]
-    try:
-      data = file.read_bytes()
-    except OSError as error:
-      raise images.DamagedImage(f"{file}: cannot be read ({error})") from error
-    return {"image": _image(data, str(file), self.shape), "label": self.labels[index]}
+    file = self.files[index]  # a disk that fails is no damaged image: its OSError names the file
+    return {"image": _image(file.read_bytes(), str(file), self.shape), "label": self.labels[index]}
 
 
 class Tfds:
   """A build of TensorFlow Datasets with `image` and `label`, in ArrayRecord files; needs no TensorFlow."""
+
+  autoencoder = None
 
   def __init__(self, name: str, path: str, split: str = "train", size: int = 32, channels: int = 3):
     """Opens a build. Nothing is downloaded or prepared here.
@@ -85,14 +87,17 @@ class Tfds:
         f"{directory}: holds {builder.info.file_format.value} files, which have no random access; convert them: "
         f"tfds convert_format --root_data_dir={path} --out_file_format=array_record --out_dir=NEW_PATH"
       )
-    missing = {"image", "label"} - set(builder.info.features)
-    if missing:
-      raise ValueError(f"{directory}: its samples have no {' and no '.join(sorted(missing))}")
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not isinstance(features["label"], tfds.features.ClassLabel):
+      raise ValueError(
+        f"{directory}: its samples have no `image`, or no `label` that is a class: {', '.join(sorted(features))}"
+      )
+    allow_open_files(sum(info.num_shards for info in builder.info.splits.values()))  # a file that was read stays open
     try:
       self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except (ValueError, KeyError, FileNotFoundError) as error:
       raise ValueError(f"{directory}: split {split!r} cannot be opened ({error})") from error
-    self.num_classes, self.shape = builder.info.features["label"].num_classes, (size, size, channels)
+    self.num_classes, self.shape = features["label"].num_classes, (size, size, channels)
     self._where = f"{directory}, {split}"
 
   @functools.cached_property
@@ -105,7 +110,10 @@ class Tfds:
     return len(self._records)
 
   def __getitem__(self, index: int) -> Sample:
-    record = self._records[index]
+    try:
+      record = self._records[index]
+    except RuntimeError as error:
+      raise OSError(f"{self._where}: record {index} cannot be read ({error}): the build is damaged") from error
     image = _image(record["image"], f"{self._where}: image {index}", self.shape)
     return {"image": image, "label": np.int32(record["label"])}
 
@@ -127,8 +135,7 @@ def _check_size(size: int, channels: int):
 
 
 def _images_below(directory: epath.Path) -> Iterator[epath.Path]:
-  """As os.walk sorted by directory lists them: the directory's own files, then those of each below it."""
-  entries = sorted(directory.iterdir())
+  entries = list(directory.iterdir())
   # What looks like an image is not asked whether it is a directory: that takes long on network disks.
   yield from (entry for entry in entries if entry.suffix.lower() in EXTENSIONS)
   for entry in entries:

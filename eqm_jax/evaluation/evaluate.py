@@ -16,7 +16,6 @@ import ml_collections
 import numpy as np
 
 import eqm_jax
-from eqm_jax.data.latents import Latents
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import objective, sampler
 from eqm_jax.evaluation import agreement, distances, paths, pictures, plane, samplers
@@ -24,6 +23,8 @@ from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 
 STATUS_NAMES = {sampler.CONVERGED: "converged", sampler.BUDGET: "budget", sampler.DIVERGED: "diverged"}
+
+MANY = 50_000  # real samples that stand for a whole data set, where it is larger
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def check(config: ml_collections.ConfigDict, model: DiT, source: Source, batchin
   if model.input_shape != source.shape or model.num_classes != source.num_classes:
     raise ValueError(
       f"the model makes {model.input_shape} of {model.num_classes} classes, but {config.data.source!r} has "
-      f"{source.shape} of {source.num_classes}: they cannot be compared"
+      f"{source.shape} of {source.num_classes}: they cannot be compared. A model of latents is evaluated against a "
+      "cache of them (data.source = 'latents')"
     )
   if options.samples < 2:
     raise ValueError(f"evaluation.samples = {options.samples}: a distance needs at least 2 samples")
@@ -93,8 +95,9 @@ def evaluate(
 
   # ---------------------------------------------------------------- the real data, and what it can tell
   in_plane, in_pixels = source.shape == plane.SHAPE, is_pixels(source)
-  real = np.stack([real_sample(source[i]) for i in range(len(source))])
-  classifier = agreement.Classifier(real, source.labels) if options.label_agreement else None
+  chosen = np.linspace(0, len(source) - 1, min(MANY, len(source))).astype(int)
+  real = np.stack([real_sample(source[int(i)]) for i in chosen])
+  classifier = agreement.Classifier(real, source.labels[chosen]) if options.label_agreement else None
   label_N = samplers.balanced_labels(options.samples, model.num_classes)
   report = {
     "samples": options.samples,
@@ -102,7 +105,7 @@ def evaluate(
     "seed": options.seed,
     "weights": options.weights,
     "space": "plane" if in_plane else "pixels, clipped to [-1, 1]" if in_pixels else "latents",
-    "autoencoder": source.autoencoder if isinstance(source, Latents) else None,
+    "autoencoder": source.autoencoder,
     "real": {"images": len(real), "frechet_between_halves": _between_halves(real)},
     "versions": {"eqm_jax": eqm_jax.__version__}
     | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},

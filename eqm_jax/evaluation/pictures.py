@@ -69,7 +69,9 @@ def norm_curves(norms_KxB: np.ndarray, evaluations_B: np.ndarray, threshold: flo
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-  """Images in [−1, 1] as 0..255; what lies beyond is cut off."""
+  """Images in [−1, 1] as 0..255; what lies beyond is cut off. Those that are uint8 already stay."""
+  if images.dtype == np.uint8:
+    return images
   return np.clip(np.rint(127.5 * images + 127.5), 0, 255).astype(np.uint8)
 
 

@@ -21,7 +21,7 @@ def sample(
   """Draws what `config.sample` asks for.
 
   Writes samples.png (the first hundred); with `images` one PNG a sample, under
-  images/; with `npz` samples.npz with x, of latents also the decoded image (uint8), label,
+  images/; with `npz` samples.npz with x, of latents also the decoded image (uint8) and the autoencoder, label,
   evaluations, norm, status and restarts; and the way of the first samples, if the sampler descends.
 
   Raises:
@@ -38,7 +38,8 @@ def sample(
   drawn = samplers.draw(options.sampler, row, model, params, label_N, batching)
   rate, evaluations = len(label_N) / drawn.seconds, drawn.result.evaluations_B
   log.info("%d images, %.1f images/s, %.1f evaluations an image", len(label_N), rate, evaluations.mean())
-  pixels = batching.pixels(drawn.result.x)
+  shown = drawn.result.x if options.images or options.npz else drawn.result.x[:100]
+  pixels = batching.pixels(shown)
   if model.input_shape == plane.SHAPE:
     plane.scatter(drawn.result.x).save(os.path.join(directory, "samples.png"))
   else:
@@ -52,7 +53,7 @@ def sample(
     np.savez(
       os.path.join(directory, "samples.npz"),
       x=result.x,
-      **({"image": pictures.to_uint8(pixels)} if batching.decode else {}),
+      **({"image": pixels, "autoencoder": batching.autoencoder} if batching.decode else {}),
       label=label_N,
       evaluations=evaluations,
       norm=result.norm_B,

@@ -30,7 +30,8 @@ class Batching:
   batch_size: int  # samples in flight
   key: jax.Array  # sample i's random numbers depend on (key, i) alone
   multiplier: float  # λ of the field
-  decode: Callable[[np.ndarray], np.ndarray] | None = None  # latents → images, where samples are latents
+  decode: Callable[[np.ndarray], np.ndarray] | None = None  # latents → images (uint8), where samples are latents
+  autoencoder: str = ""  # that decodes: its name and sha256
 
   @property
   def ways(self) -> int:

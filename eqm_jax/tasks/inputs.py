@@ -68,7 +68,9 @@ def open_inputs(options: ml_collections.ConfigDict, source: Source, model: DiT, 
   else:
     if source.shape != model.input_shape:
       raise ValueError(f"the data set has samples of shape {source.shape}, but the model takes {model.input_shape}")
-    image_N, own_N = first_images(source, options.count), source.labels[: options.count]
+    samples = [source[i] for i in range(min(options.count, len(source)))]
+    image_N = np.stack([evaluate.real_sample(sample) for sample in samples])
+    own_N = np.asarray([sample["label"] for sample in samples])
   if options.labels == "own":
     if own_N is None:
       raise ValueError(f"tasks.labels = 'own', but {options.images} has no labels: give 'none' or a list")

@@ -36,8 +36,13 @@ def fit(options: ml_collections.ConfigDict, source: Source, seed: int) -> tuple[
     The module and its parameters.
 
   Raises:
+    ValueError: if there are too few steps.
     FloatingPointError: if the loss is not finite at the end.
   """
+  if options.steps < 2 or options.batch_size < 1:
+    raise ValueError(
+      f"prepare.fit.steps = {options.steps} must be at least 2, and prepare.fit.batch_size = {options.batch_size} 1"
+    )
   module = Autoencoder(**options.model)
   data = pipeline.batches(source, batch_size=options.batch_size, seed=seed, flip=True, threads=2)
   key_init, key_steps = jax.random.split(jax.random.key(seed))

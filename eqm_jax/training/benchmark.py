@@ -36,20 +36,25 @@ class Row:
 def benchmark(config: ml_collections.ConfigDict, codec: Codec | None, directory: str) -> list[Row]:
   """Reads alone, then trains `INTERVALS`·train.log_every steps from each kind of data that the config has.
 
-  Writes benchmark.json and benchmark.md into `directory`, made if it is not there. The training is thrown away.
+  Writes benchmark.json and benchmark.md into `directory`, made if it is not there. What is trained is thrown away.
 
   Args:
     config: the whole config.
     codec: of models of latents; with a section `prepare` it is also timed inside the training step.
-    directory: where the files go.
+    directory: where the files go, and for a while a checkpoint.
+
+  Raises:
+    ValueError: in a run of several processes.
   """
+  if jax.process_count() > 1:
+    raise ValueError(f"a benchmark runs in one process, not in {jax.process_count()}")
+  os.makedirs(directory, exist_ok=True)
   source = sources.open_source(config.data.source, {**config.data.options})
-  rows = [_reader(config, source), _training(config, f"training from {config.data.source}", codec)]
+  rows = [_reader(config, source), _training(config, f"training from {config.data.source}", codec, directory)]
   if codec and "prepare" in config:
     online = ml_collections.ConfigDict(config.to_dict())
     online.data.source, online.data.options = config.prepare.source, config.prepare.options
-    rows.append(_training(online, f"training, {config.prepare.source} encoded in each step", codec))
-  os.makedirs(directory, exist_ok=True)
+    rows.append(_training(online, f"training, {config.prepare.source} encoded in each step", codec, directory))
   device = f"{jax.device_count()} × {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
   found = {"device": device, "batch_size": config.train.batch_size, "rows": [dataclasses.asdict(row) for row in rows]}
   write_json(os.path.join(directory, "benchmark.json"), found)
@@ -76,11 +81,12 @@ def _reader(config: ml_collections.ConfigDict, source: Source) -> Row:
   return Row("reader alone", count / seconds, 1.0)
 
 
-def _training(config: ml_collections.ConfigDict, name: str, codec: Codec | None) -> Row:
+def _training(config: ml_collections.ConfigDict, name: str, codec: Codec | None, directory: str) -> Row:
   config = config.copy_and_resolve_references()
   config.train.steps = INTERVALS * config.train.log_every
   config.checkpoint.every = config.train.steps
-  with tempfile.TemporaryDirectory() as workdir:
+  config.optimizer.warmup_steps = 0
+  with tempfile.TemporaryDirectory(dir=directory) as workdir:
     train.train(config, workdir, codec)
     with open(os.path.join(workdir, "metrics.jsonl"), encoding="utf-8") as file:
       timed: list[dict[str, Any]] = [json.loads(line) for line in file][2:]  # after step 1, and the first interval

@@ -8,6 +8,9 @@ import ml_collections
 from jax.experimental import multihost_utils
 
 from eqm_jax.data import latents, sources
+from eqm_jax.data.codec import check_same_autoencoder
+from eqm_jax.data.samples import Source
+from eqm_jax.networks.autoencoder import attributes
 from eqm_jax.training import autoencoder, pretrained
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,7 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
   if config.data.source != "latents":
     raise ValueError(f"data.source = {config.data.source!r}: only 'latents' are prepared")
   options, path = config.prepare, config.data.options.path
+  latents.check_path(path)
   wanted = {
     "source": options.source,
     "options": {name: value for name, value in options.options.to_dict().items() if name != "path"},
@@ -41,17 +45,16 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
     name = {"autoencoder": manifest["autoencoder"] | {"name": config.autoencoder.name}}
     latents.check_same(os.path.join(path, latents.MANIFEST), manifest, wanted | name)
     if verify:
+      codec = pretrained.open_codec(config.autoencoder)
+      check_same_autoencoder(path, manifest["autoencoder"], codec.identity if codec else None)
       latents.Latents(path, verify=True)
     log.info("%s: %d images are encoded%s", path, manifest["records"], ", all checksums are right" if verify else "")
     return
   source = sources.open_source(options.source, {**options.options})
-  if len(source.shape) != 3 or "image" not in source[0]:
+  if source.autoencoder:
     raise ValueError(f"prepare.source = {options.source!r} has no images to encode")
-  if "fit" in options and not os.path.exists(config.autoencoder.path) and jax.process_index() == 0:
-    log.info("there is no autoencoder at %s: training one", config.autoencoder.path)
-    module, params = autoencoder.fit(options.fit, source, config.seed)
-    pretrained.save_autoencoder(config.autoencoder.path, module, params)
-  _wait_for_all("given an autoencoder")
+  if "fit" in options:
+    _fit_or_check(config, source)
   codec = pretrained.open_codec(config.autoencoder)
   if codec is None:
     raise ValueError("autoencoder.path is empty: give the autoencoder that encodes the images")
@@ -81,6 +84,23 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
     skipped = settings.images - manifest["records"]
     log.info("%s: %d images, %d of them encoded now, %d left out", path, manifest["records"], encoded, skipped)
   _wait_for_all("finished")
+
+
+def _fit_or_check(config: ml_collections.ConfigDict, source: Source):
+  """Trains the autoencoder where there is none; refuses one that is not of the config's model."""
+  options, path = config.prepare.fit, config.autoencoder.path
+  if not os.path.exists(path):
+    if not path or "://" in path:
+      raise ValueError(f"autoencoder.path = {path!r}: give a directory on a disk for the autoencoder that is trained")
+    if jax.process_count() > 1:
+      raise ValueError(f"there is no autoencoder at {path}: train it in one process first, with --mode=prepare")
+    log.info("there is no autoencoder at %s: training one", path)
+    pretrained.save_autoencoder(path, *autoencoder.fit(options, source, config.seed))
+    return
+  there = attributes(pretrained.load_autoencoder(path)[0])
+  wanted = options.model.to_dict()
+  if any(there[name] != value for name, value in wanted.items()):
+    raise ValueError(f"the autoencoder at {path} is another than prepare.fit.model: {there} there, {wanted} wanted")
 
 
 def _wait_for_all(what: str):

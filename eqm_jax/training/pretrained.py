@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import shutil
 from typing import Any
 
 import ml_collections
@@ -124,6 +125,8 @@ def open_codec(options: ml_collections.ConfigDict) -> Codec | None:
   """
   if not options.path:
     return None
+  if options.dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"autoencoder.dtype = {options.dtype!r} is neither 'float32' nor 'bfloat16'")
   codec = Codec(*load_autoencoder(options.path, dtype=options.dtype), options.name, options.batch_size)
   if not options.name or options.sha256 not in ("", codec.identity["sha256"]):
     raise ValueError(
@@ -142,9 +145,12 @@ def recorded_autoencoder(config: dict[str, Any]) -> dict[str, str] | None:
 def _write(path: str, config: dict[str, Any], params: Any):
   if os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
     raise ValueError(f"{path} exists and is not empty: choose another directory, or remove it first")
-  os.makedirs(path, exist_ok=True)
-  checkpoint.write_tree(os.path.join(path, PARAMS), params)
-  write_json(os.path.join(path, CONFIG), config)
+  partial = path.rstrip("/") + ".partial"  # a killed process leaves this one, not half a model
+  shutil.rmtree(partial, ignore_errors=True)
+  os.makedirs(partial)
+  checkpoint.write_tree(os.path.join(partial, PARAMS), params)
+  write_json(os.path.join(partial, CONFIG), config)
+  os.replace(partial, path)
 
 
 def _check_names(attributes: dict[str, Any], where: str):

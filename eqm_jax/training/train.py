@@ -19,7 +19,6 @@ import optax
 
 from eqm_jax.data import pipeline, sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder, encode_batch
-from eqm_jax.data.latents import Latents
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import energy, objective
 from eqm_jax.files import read_json, write_json
@@ -30,18 +29,17 @@ from eqm_jax.training import state as state_lib
 
 log = logging.getLogger(__name__)
 
-# What may differ between a run and its continuation: it does not touch the parameters (any more). Where files lie
-# is free; that they hold latents of the same autoencoder is checked.
+# What may differ between a run and its continuation: it does not touch the parameters (any more), or is checked
+# elsewhere: that the data set is as long as it was, and that the latents are of the same autoencoder.
 FREE = (
   "autoencoder.",
   "checkpoint.",
   "data.options.path.",
   "data.options.verify.",
+  "data.samples.",
   "data.threads.",
   "evaluation.",
-  "prepare.options.path.",
-  "prepare.skip_damaged.",
-  "prepare.threads.",
+  "prepare.",
   "report.",
   "sample.",
   "samplers.",
@@ -66,16 +64,17 @@ def train(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None =
   # ---------------------------------------------------------------- what is asked
   source = sources.open_source(config.data.source, {**config.data.options})
   model = DiT(**config.model)
-  identity = source.autoencoder if isinstance(source, Latents) else codec.identity if codec else None
+  encodes = codec is not None and source.autoencoder is None
+  identity = codec.identity if encodes else source.autoencoder
   if codec:
     check_same_autoencoder(f"data.source {config.data.source!r}", identity, codec.identity)
-  _check_fits(config, model, source, codec, identity)
+  _check_fits(config, model, source, codec if encodes else None, identity)
   schedule = objective.Schedule(**config.objective.schedule)
   steps, batch_size = config.train.steps, config.train.batch_size
   optimizer = state_lib.make_optimizer(config.optimizer, steps)
   mesh = sharding.make_mesh(**config.mesh)
   batch_sharding = sharding.batch_sharding(mesh, batch_size)
-  check_same_run(workdir, config, identity)
+  check_same_run(workdir, config, identity, len(source))
 
   # ---------------------------------------------------------------- state: shapes → shardings → jitted init
   init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
@@ -100,6 +99,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None =
   )
   manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
   described = json.loads(config.to_json())
+  described["data"]["samples"] = len(source)
   if identity:
     described["autoencoder"] |= {name: identity[name] for name in ("name", "sha256")}
   write_json(os.path.join(workdir, pretrained.CONFIG), described)
@@ -118,7 +118,6 @@ def train(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None =
   # ---------------------------------------------------------------- one step
   learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
 
-  encodes = codec is not None and not isinstance(source, Latents)
   frozen = jax.device_put(codec.params, sharding.replicated(mesh)) if encodes else None
 
   def step_fn(state, batch, frozen):
@@ -247,15 +246,17 @@ def _loss_scale(config: ml_collections.ConfigDict, schedule: objective.Schedule)
 
 
 def _check_fits(config, model: DiT, source: Source, codec: Codec | None, identity: dict[str, Any] | None):
-  shape = source.shape if codec is None or isinstance(source, Latents) else codec.latent_shape(source.shape)
+  shape = codec.latent_shape(source.shape) if codec else source.shape
   if shape != model.input_shape:
     raise ValueError(
       f"data.source {config.data.source!r} has samples of shape {shape}, but the model takes "
       f"{model.input_shape}: set model.input_size and model.channels"
     )
-  if identity and identity["name"] != config.autoencoder.name:
+  wanted = config.autoencoder
+  if identity and (identity["name"] != wanted.name or wanted.sha256 not in ("", identity["sha256"])):
     raise ValueError(
-      f"autoencoder.name = {config.autoencoder.name!r}, but {config.data.source!r} has latents of {identity['name']!r}"
+      f"autoencoder.name = {wanted.name!r} and autoencoder.sha256 = {wanted.sha256!r}, but {config.data.source!r} has "
+      f"latents of {identity['name']!r}, sha256 {identity['sha256']}"
     )
   if source.num_classes != model.num_classes:
     raise ValueError(
@@ -297,17 +298,30 @@ def _check_energy(config: ml_collections.ConfigDict, model: DiT):
     raise ValueError(f"model.energy = 'l2' starts from an output layer of zeros, {_NO_GRADIENT}")
 
 
-def check_same_run(workdir: str, config: ml_collections.ConfigDict, identity: dict[str, Any] | None = None):
-  """Refuses a workdir whose checkpoints were trained with another config, or on latents of another autoencoder."""
+def check_same_run(
+  workdir: str,
+  config: ml_collections.ConfigDict,
+  identity: dict[str, Any] | None = None,
+  samples: int | None = None,
+):
+  """Refuses a workdir whose checkpoints were trained with another config, autoencoder, or length of the data set.
+
+  A key that the older config lacks was added since, with a default that changes nothing.
+  """
   path = os.path.join(workdir, pretrained.CONFIG)
   if not (os.path.exists(path) and checkpoint.steps(workdir)):
     return
   there = read_json(path)
   check_same_autoencoder(workdir, pretrained.recorded_autoencoder(there), identity)
+  seen = there["data"].get("samples", samples)
+  if samples is not None and seen != samples:
+    raise ValueError(
+      f"{workdir} was trained on {seen} samples, but the data set has {samples}. Choose another --workdir"
+    )
   found = [
     f"{name}: {was!r} there, {now!r} given"
     for name, was, now in differences(there, json.loads(config.to_json()))
-    if not f"{name}.".startswith(FREE)
+    if was is not None and not f"{name}.".startswith(FREE)
   ]
   if found:
     raise ValueError(f"{workdir} holds a run with another config: {'; '.join(found)}. Choose another --workdir")

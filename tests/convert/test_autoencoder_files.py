@@ -5,8 +5,10 @@ import re
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.flax
 import safetensors.numpy
 from conftest import ROOT
 
@@ -62,22 +64,25 @@ def test_all_layouts_give_the_same(tensors, tmp_path, directory):
     other, arrays = autoencoder.load(str(path), norm_num_groups=4)
     assert other == module, path
     jax.tree.map(np.testing.assert_array_equal, arrays, params)
-    assert autoencoder.fingerprint(arrays) == autoencoder.fingerprint(params)
+    assert autoencoder.fingerprint(other, arrays) == autoencoder.fingerprint(module, params)
 
 
 def test_the_fingerprint_tells_one_number_from_another():
-  _, params = autoencoder.load(str(DIRECTORY))
-  before = autoencoder.fingerprint(params)
+  module, params = autoencoder.load(str(DIRECTORY))
+  before = autoencoder.fingerprint(module, params)
+  assert autoencoder.fingerprint(module.clone(scaling_factor=0.13025), params) != before
   params["decoder"]["conv_out"]["bias"][0] += 1e-6
-  assert autoencoder.fingerprint(params) != before
+  assert autoencoder.fingerprint(module, params) != before
 
 
-def test_half_precision_is_read(tensors, directory):
-  safetensors.numpy.save_file({name: array.astype(np.float16) for name, array in tensors.items()}, directory / WEIGHTS)
+@pytest.mark.parametrize("dtype, tolerance", [(np.float16, 1e-3), (ml_dtypes.bfloat16, 1e-2)])
+def test_half_precision_is_read(tensors, directory, dtype, tolerance):
+  halved = {name: jax.numpy.asarray(array.astype(dtype)) for name, array in tensors.items()}
+  safetensors.flax.save_file(halved, directory / WEIGHTS)
   leaf = autoencoder.load(str(directory))[1]["encoder"]["conv_in"]["kernel"]
   expected = tensors["encoder.conv_in.weight"].transpose(2, 3, 1, 0)
   assert leaf.dtype == np.float32
-  np.testing.assert_allclose(leaf, expected, atol=1e-3)
+  np.testing.assert_allclose(leaf, expected, atol=tolerance)
 
 
 def rewrite(directory, tensors, change):

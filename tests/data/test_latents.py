@@ -169,9 +169,10 @@ def test_a_damaged_image_ends_it_by_name_or_is_left_out_and_counted(tmp_path):
   np.testing.assert_allclose([read[i]["mean"][0, 0, 0, 0] * 32 for i in range(9)], np.delete(np.arange(10), 7))
 
 
-def test_other_errors_are_no_damaged_images(tmp_path):
-  source = Failing(numbered(), 7, RuntimeError("the network disk is gone"))
-  with pytest.raises((RuntimeError, OSError), match="the network disk is gone"):
+@pytest.mark.parametrize("error", [OSError("cat.jpg: the network disk is gone"), RuntimeError("memory is gone")])
+def test_other_errors_are_no_damaged_images(tmp_path, error):
+  source = Failing(numbered(), 7, error)
+  with pytest.raises(type(error), match="is gone"):
     latents.write(str(tmp_path), source, encode, settings_of(numbered()), **WRITE, skip_damaged=True)
 
 
@@ -251,9 +252,41 @@ def test_a_flipped_bit_is_noticed_while_reading(tmp_path):
     [read[i] for i in range(len(read))]
 
 
-def test_buckets_must_be_mounted():
+def test_buckets_must_be_mounted(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   with pytest.raises(ValueError, match="gs://bucket/latents: .*mount the bucket"):
     latents.Latents("gs://bucket/latents")
+  with pytest.raises(ValueError, match="gs://bucket/latents: .*mount the bucket"):
+    write_cache("gs://bucket/latents")
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"images_per_shard": 0}])
+def test_settings_that_cannot_be_are_refused_before_anything_is_written(changes):
+  with pytest.raises(ValueError, match="prepare.dtype = .* must be one of float16, bfloat16"):
+    settings_of(numbered(), **changes)
+
+
+MANY = """
+import resource, sys
+from eqm_jax.data import latents
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+read = latents.Latents(sys.argv[1])
+print(sum(read[i]["label"] for i in range(len(read))), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+  write_cache(tmp_path, numbered(120), images_per_shard=1)
+
+  def read(soft: int, hard: int):
+    command = [sys.executable, "-c", MANY, str(tmp_path), str(soft), str(hard)]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+  assert read(100, 1000).stdout.split() == ["240", "376"]
+  refused = read(100, 300)
+  assert refused.returncode == 1 and "need 376 open files, but 300 are allowed" in refused.stderr
 
 
 def test_latents_beyond_the_format_are_refused(tmp_path):

@@ -1,6 +1,9 @@
 """Folders, TFDS builds and .npz files: read as others read them; damaged ones named."""
 
 import io
+import os
+import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -25,8 +28,16 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 @pytest.fixture
 def folder(tmp_path):
-  """Two classes; one holds a directory of its own and a file that is no image."""
-  for name in ("dog/b.png", "dog/a.JPEG", "cat/old/z.png", "cat/c.png", "cat/a_file_of_text.txt"):
+  """Two classes; one holds directories of its own and a file that is no image."""
+  for name in (
+    "dog/b.png",
+    "dog/a.JPEG",
+    "cat/old/z.png",
+    "cat/old-er/y.png",
+    "cat/old/x/w.png",
+    "cat/c.png",
+    "cat/a.txt",
+  ):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(encoded(picture(), "JPEG" if name.endswith("JPEG") else "PNG"))
   (tmp_path / ".hidden").mkdir()
@@ -34,15 +45,17 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_listed_as_torchvision_does(folder):
+  """torchvision walks the sorted classes with sorted(os.walk(class)), and takes the sorted names of each directory."""
   source = sources.open_source("folder", {"path": str(folder), "size": SIZE})
-  assert [str(file.relative_to(folder)) for file in source.files] == [
-    "cat/c.png",
-    "cat/old/z.png",
-    "dog/a.JPEG",
-    "dog/b.png",
+  expected = [
+    (pathlib.Path(root) / name, label)
+    for label, kind in enumerate(["cat", "dog"])
+    for root, _, names in sorted(os.walk(folder / kind))
+    for name in sorted(names)
+    if not name.endswith(".txt")
   ]
-  assert source.classes == ["cat", "dog"] and source.num_classes == 2 and source.shape == (8, 8, 3)
-  assert source.labels.tolist() == [0, 0, 1, 1] and source[2]["label"] == 1
+  assert [(pathlib.Path(file), int(label)) for file, label in zip(source.files, source.labels)] == expected
+  assert source.num_classes == 2 and source.shape == (8, 8, 3) and source[4]["label"] == 1 and len(source) == 6
   image = source[0]["image"]
   assert image.dtype == np.float32 and image.shape == (8, 8, 3)
   expected = np.asarray(images.centre_crop(picture(), SIZE))
@@ -92,10 +105,11 @@ def test_a_damaged_image_is_named(folder, data, message):
   source[1]  # the others are as good as before
 
 
-def test_an_image_that_vanished_is_named(folder):
+def test_an_image_that_cannot_be_read_is_named_and_is_not_a_damaged_one(folder):
+  """A lost disk must not become a cache without the images of that disk."""
   source = sources.open_source("folder", {"path": str(folder), "size": SIZE})
   (folder / "cat" / "c.png").unlink()
-  with pytest.raises(images.DamagedImage, match="cat/c.png: cannot be read"):
+  with pytest.raises(OSError, match="cat/c.png"):
     source[0]
 
 
@@ -109,7 +123,7 @@ def test_small_images_are_enlarged(folder):
   [
     (lambda d: None, {"path": "nowhere"}, "nowhere: no such directory"),
     (lambda d: (d / "horse").mkdir(), {}, "horse: a class without images"),
-    (lambda d: None, {"path": "cat/old"}, "cat/old: holds no directory: put the images of each class into one"),
+    (lambda d: None, {"path": "cat/old/x"}, "cat/old/x: holds no directory: put the images of each class into one"),
     (lambda d: None, {"size": 0}, "size = 0 must be at least 1"),
     (lambda d: None, {"channels": 4}, "channels = 4 1 or 3"),
   ],
@@ -121,7 +135,7 @@ def test_folders_that_are_no_data_set_are_refused(folder, change, options, messa
     sources.open_source("folder", {"path": path, "size": SIZE, **options})
 
 
-def write_build(path, *, file_format="array_record", labels=("cat", "dog"), version="1.0.0"):
+def write_build(path, *, version="1.0.0", label=None):
   """A TFDS build of ten images, made by TFDS, which needs no TensorFlow if the images are encoded already."""
   import tensorflow_datasets as tfds
 
@@ -130,7 +144,10 @@ def write_build(path, *, file_format="array_record", labels=("cat", "dog"), vers
     VERSION = tfds.core.Version(version)
 
     def _info(self):
-      features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(names=labels)}
+      features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": label or tfds.features.ClassLabel(names=["cat", "dog"]),
+      }
       return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, manager):
@@ -140,7 +157,7 @@ def write_build(path, *, file_format="array_record", labels=("cat", "dog"), vers
       for i in range(10):
         yield i, {"image": io.BytesIO(encoded(picture(seed=i))), "label": i % 2}
 
-  Tiny(data_dir=str(path), file_format=file_format).download_and_prepare()
+  Tiny(data_dir=str(path), file_format="array_record").download_and_prepare()
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +196,22 @@ def test_the_newest_version_is_taken(build, tmp_path):
     ({"path": "nowhere"}, "no such TFDS build"),
     ({"split": "valid"}, "split 'valid' cannot be opened"),
     ({"channels": 2}, "channels = 2"),
+    ({"path": "regression"}, "no `label` that is a class: image, label"),
   ],
 )
 def test_builds_that_are_not_there_are_told_with_the_command_that_makes_them(build, options, message):
+  write_build(build / "regression", label=np.float32) if options.get("path") == "regression" else None
+  path = str(build / options.pop("path", ""))
   with pytest.raises(ValueError, match=message):
-    sources.open_source("tfds", {"name": "tiny", "path": str(build), **options})
+    sources.open_source("tfds", {"name": "tiny", "path": path, **options})
+
+
+def test_a_damaged_build_is_named(build, tmp_path):
+  shutil.copytree(build / "tiny", tmp_path / "tiny")
+  next((tmp_path / "tiny" / "1.0.0").glob("*array_record*")).unlink()
+  source = sources.open_source("tfds", {"name": "tiny", "path": str(tmp_path)})
+  with pytest.raises(OSError, match="record 3 cannot be read"):
+    source[3]
 
 
 def test_a_build_without_random_access_is_told_with_the_command_that_converts_it(build, tmp_path):
