@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,21 +63,25 @@ class Codec:
       )
 
   def moments(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images [batch_size, H, W, C] → mean and log-variance [batch_size, 2, h, w, c], unscaled.
+    """Images [N, H, W, C] → mean and log-variance [N, 2, h, w, c], unscaled.
 
     The second side is the mirror image's.
     """
-    return jax.device_get(_moments(self.module, self._placed, self._split(images)))
+    return self._in_batches(_moments, images)
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Latents [N, h, w, c], scaled as a model makes them → images [N, H, W, C] uint8."""
-    images = []
-    for first in range(0, len(latents), self.batch_size):
-      part = latents[first : first + self.batch_size]
+    return self._in_batches(_decode, latents)
+
+  def _in_batches(self, function: Callable, array: np.ndarray) -> Any:
+    """Applied part by part; the last is filled up, so that one shape is compiled."""
+    parts = []
+    for first in range(0, len(array), self.batch_size):
+      part = array[first : first + self.batch_size]
       filled = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
-      decoded = jax.device_get(_decode(self.module, self._placed, self._split(filled)))[: len(part)]
-      images.append(np.rint(127.5 * decoded + 127.5).astype(np.uint8))
-    return np.concatenate(images)
+      results = jax.device_get(function(self.module, self._placed, self._split(filled)))
+      parts.append(jax.tree.map(lambda leaf, count=len(part): leaf[:count], results))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
   @functools.cached_property
   def _mesh(self) -> Mesh:
@@ -120,4 +125,4 @@ def _moments(module: Autoencoder, params: Any, images: jax.Array) -> tuple[jax.A
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(module: Autoencoder, params: Any, latents: jax.Array) -> jax.Array:
   images = module.apply({"params": params}, latents / module.scaling_factor, method="decode")
-  return jnp.clip(images, -1, 1)
+  return jnp.rint(127.5 * jnp.clip(images, -1, 1) + 127.5).astype(jnp.uint8)

@@ -156,9 +156,9 @@ def write(
   Args:
     path: the directory, made if it is not there; the same for all processes.
     source: images, in any order.
-    encode: the autoencoder, always called with `batch_size` images.
+    encode: the autoencoder.
     settings: what is made.
-    batch_size: images at a time.
+    batch_size: images that it is given at a time.
     threads: that read images ahead.
     skip_damaged: leave damaged images out, and count them; otherwise the first one ends it.
 
@@ -291,7 +291,7 @@ def _write_shard(path, source, encode, settings, shard, batch_size, threads, ski
           log.warning("left out: %s", reason)
         skipped += damaged
         whole = [sample for sample in samples if "damaged" not in sample]
-        for label, record in _records(whole, encode, settings, batch_size):
+        for label, record in _records(whole, encode, settings):
           with _disk_errors(partial):
             writer.write(record)
           labels.append(label)
@@ -323,13 +323,12 @@ def _disk_errors(file: str) -> Iterator[None]:
     raise OSError(f"{file} cannot be written ({error}); the shards before it are whole, and stay") from error
 
 
-def _records(samples: list[Sample], encode: Encode, settings: Settings, batch_size: int) -> Iterator[tuple[int, bytes]]:
+def _records(samples: list[Sample], encode: Encode, settings: Settings) -> Iterator[tuple[int, bytes]]:
   """(label, record) of each sample, encoded together."""
   if not samples:
     return
   images = np.stack([sample["image"] for sample in samples])
-  filled = np.concatenate([images, np.repeat(images[:1], batch_size - len(images), axis=0)])
-  moments = [moment[: len(samples)].astype(DTYPES[settings.dtype]) for moment in encode(filled)]
+  moments = [moment.astype(DTYPES[settings.dtype]) for moment in encode(images)]
   if not all(np.all(np.isfinite(moment.astype(np.float32))) for moment in moments):
     raise ValueError(
       f"the autoencoder's latents are not finite in {settings.dtype}: "

@@ -1,23 +1,31 @@
 """Makes the cache of latents that a model is trained on: images → autoencoder → moments on disk."""
 
+import contextlib
 import logging
 import os
 
 import jax
 import ml_collections
+import numpy as np
 from jax.experimental import multihost_utils
 
 from eqm_jax.data import latents, sources
-from eqm_jax.data.codec import check_same_autoencoder
+from eqm_jax.data.codec import Codec, check_same_autoencoder
+from eqm_jax.data.images import DamagedImage
 from eqm_jax.data.samples import Source
+from eqm_jax.evaluation import pictures
 from eqm_jax.networks.autoencoder import attributes
 from eqm_jax.training import autoencoder, pretrained
+
+SHOWN = 10  # images of the picture
 
 log = logging.getLogger(__name__)
 
 
 def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
   """Encodes `config.prepare.source` into the cache at `config.data.options.path`, if that is not finished.
+
+  Beside the shards lies reconstructed.png, some images and what the autoencoder makes of them.
 
   All processes of a run take part; each encodes its shards on its own devices. A killed one
   goes on where it was. Where the autoencoder is missing and the config has `prepare.fit`, it is
@@ -83,7 +91,21 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
     manifest = latents.finish(path, settings)
     skipped = settings.images - manifest["records"]
     log.info("%s: %d images, %d of them encoded now, %d left out", path, manifest["records"], encoded, skipped)
+    _picture(os.path.join(path, "reconstructed.png"), source, codec)
   _wait_for_all("finished")
+
+
+def _picture(path: str, source: Source, codec: Codec):
+  """Some images, and below them what the autoencoder makes of them: a wrong one is seen at once."""
+  images = []
+  for i in np.linspace(0, len(source) - 1, min(SHOWN, len(source))).astype(int):
+    with contextlib.suppress(DamagedImage):  # left out of the cache, too
+      images.append(source[int(i)]["image"])
+  if not images:
+    return
+  mean, _ = codec.moments(np.stack(images))
+  decoded = codec.decode(mean[:, 0] * codec.module.scaling_factor)
+  pictures.grid(np.concatenate([pictures.to_uint8(np.stack(images)), decoded]), len(images)).save(path)
 
 
 def _fit_or_check(config: ml_collections.ConfigDict, source: Source):

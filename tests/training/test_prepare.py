@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import load_config
+from PIL import Image
 
 import eqm_jax
 from eqm_jax import programs
@@ -57,6 +58,8 @@ def test_the_chain_records_its_autoencoder_all_along(trained):
   assert manifest["records"] == manifest["images"] == len(latents.Latents(str(trained / "latents")))
   recorded = {name: identity[name] for name in ("name", "sha256")}
   assert eqm_jax.load(trained / "run").autoencoder == recorded
+  with Image.open(trained / "latents" / "reconstructed.png") as picture:
+    assert picture.width > 10 * 32 and picture.height > 2 * 32
   # What is cached is what this autoencoder makes of the images.
   source = programs.sources.open_source("photographs", {"size": 32, "stride": 60, "shrink": 2})
   mean, _ = module.apply({"params": params}, source.images[:3], method="encode")
