@@ -56,7 +56,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
       verify=False,  # read it once and compare the checksums; --mode=prepare does
     ),
     flip=True,  # mirror half of the images; of latents, use the mirror image's moments
-    threads=32 if online else 4,  # that read ahead; more than enough slow a cache down
+    threads=32 if online else 2,  # that read ahead; for a cache more are slower
     workers=0,  # processes that read; 0: this one
   )
   config.autoencoder = config_dict.create(
