@@ -12,7 +12,7 @@ from eqm_jax.evaluation import evaluate, sample, samplers
 from eqm_jax.networks.dit import DiT
 from eqm_jax.report import report
 from eqm_jax.tasks import compose, denoise, inpaint, inputs, ood
-from eqm_jax.training import benchmark, prepare, pretrained, sharding, state, train
+from eqm_jax.training import benchmark, checks, prepare, pretrained, sharding, state, train
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def _task(config, workdir, checkpoint, noisy=False):
 def _load(config, workdir, checkpoint, weights) -> pretrained.Pretrained:
   """The model of the checkpoint, or of the workdir, which then must be of this config."""
   if not checkpoint:
-    train.check_same_run(workdir, config)
+    checks.check_same_run(workdir, config)
   return pretrained.load(checkpoint or workdir, weights=weights)
 
 

@@ -23,7 +23,7 @@ from eqm_jax.files import read_json, write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.report import descent, landscape, page, quality, runs
 from eqm_jax.report.lab import LAMBDA, Claim, Lab
-from eqm_jax.training import train
+from eqm_jax.training import checks
 
 # Each with about how long it takes, the training of one implicit model being 1.
 CLAIMS: dict[str, tuple[Claim, float]] = {
@@ -122,7 +122,7 @@ def _check(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
   path, given = os.path.join(workdir, "config.json"), json.loads(config.to_json())
   if os.path.exists(path):
     differences = [
-      f"{name}: {was!r} there, {now!r} given" for name, was, now in train.differences(read_json(path), given)
+      f"{name}: {was!r} there, {now!r} given" for name, was, now in checks.differences(read_json(path), given)
     ]
     if differences:
       raise ValueError(

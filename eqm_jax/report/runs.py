@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import checkpoint, pretrained, train
+from eqm_jax.training import checkpoint, checks, pretrained, train
 
 # What the claims take for granted of the config.
 EXPECTED: dict[str, Any] = {
@@ -89,7 +89,7 @@ class Runs:
       if name == "l2":
         self("eqm", seed)
       if self.is_trained(name, seed):
-        train.check_same_run(directory, config)
+        checks.check_same_run(directory, config)
       elif not train.train(config, directory):
         raise Stopped
       loaded = pretrained.load(directory)

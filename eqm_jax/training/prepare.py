@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from eqm_jax.data import latents, sources
+from eqm_jax.data import encoding, latents, sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.images import DamagedImage
 from eqm_jax.data.samples import Source
@@ -75,7 +75,7 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
     images_per_shard=options.images_per_shard,
     autoencoder=codec.identity,
   )
-  encoded = latents.write(
+  encoded = encoding.write(
     path,
     source,
     codec.moments,
@@ -88,7 +88,7 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
   )
   _wait_for_all("encoded")
   if jax.process_index() == 0:
-    manifest = latents.finish(path, settings)
+    manifest = encoding.finish(path, settings)
     skipped = settings.images - manifest["records"]
     log.info("%s: %d images, %d of them encoded now, %d left out", path, manifest["records"], encoded, skipped)
     _picture(os.path.join(path, "reconstructed.png"), source, codec)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from eqm_jax.data import latents
+from eqm_jax.data import encoding, latents
 from eqm_jax.data.images import DamagedImage
 from eqm_jax.data.samples import Images
 
@@ -50,8 +50,8 @@ def write_cache(path, source=None, **changes) -> latents.Settings:
   """A finished cache."""
   source = source or numbered()
   settings = settings_of(source, **changes)
-  latents.write(str(path), source, encode, settings, **WRITE)
-  latents.finish(str(path), settings)
+  encoding.write(str(path), source, encode, settings, **WRITE)
+  encoding.finish(str(path), settings)
   return settings
 
 
@@ -88,11 +88,11 @@ def test_processes_share_the_shards_and_make_the_same_cache(tmp_path):
   counts = []
   for process in (1, 0):  # in any order
     with pytest.raises(ValueError, match="is not finished: run the preparation again"):
-      latents.finish(str(tmp_path / "two"), settings)
+      encoding.finish(str(tmp_path / "two"), settings)
     counts.append(
-      latents.write(str(tmp_path / "two"), source, encode, settings, **WRITE, process_index=process, process_count=2)
+      encoding.write(str(tmp_path / "two"), source, encode, settings, **WRITE, process_index=process, process_count=2)
     )
-  latents.finish(str(tmp_path / "two"), settings)
+  encoding.finish(str(tmp_path / "two"), settings)
   assert counts == [4, 6] and files(tmp_path / "one") == files(tmp_path / "two")
 
 
@@ -116,7 +116,7 @@ KILLED = """
 import os, sys
 import numpy as np
 from test_latents import WRITE, encode, numbered, settings_of
-from eqm_jax.data import latents
+from eqm_jax.data import encoding
 
 calls = []
 def dies(images):
@@ -125,7 +125,7 @@ def dies(images):
     os.kill(os.getpid(), 9)
   return encode(images)
 
-latents.write(sys.argv[1], numbered(), dies, settings_of(numbered()), **WRITE)
+encoding.write(sys.argv[1], numbered(), dies, settings_of(numbered()), **WRITE)
 """
 
 
@@ -139,28 +139,28 @@ def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bits(tmp_pat
   assert not latents.is_finished(str(path))
   with pytest.raises(ValueError, match="was begun and not finished"):
     latents.Latents(str(path))
-  assert latents.write(str(path), numbered(), encode, settings, **WRITE) == 7  # not the three of the first shard
-  latents.finish(str(path), settings)
+  assert encoding.write(str(path), numbered(), encode, settings, **WRITE) == 7  # not the three of the first shard
+  encoding.finish(str(path), settings)
   assert files(path) == files(tmp_path / "whole")
-  assert latents.write(str(path), numbered(), encode, settings, **WRITE) == 0  # nothing is left to do
+  assert encoding.write(str(path), numbered(), encode, settings, **WRITE) == 0  # nothing is left to do
 
 
 def test_a_shard_that_was_cut_off_is_made_again(tmp_path):
   settings = settings_of(numbered())
-  latents.write(str(tmp_path), numbered(), encode, settings, **WRITE)
+  encoding.write(str(tmp_path), numbered(), encode, settings, **WRITE)
   shard = tmp_path / "latents-00002-of-00004.array_record"
   shard.write_bytes(shard.read_bytes()[:-1])
-  assert latents.write(str(tmp_path), numbered(), encode, settings, **WRITE) == 3
+  assert encoding.write(str(tmp_path), numbered(), encode, settings, **WRITE) == 3
 
 
 def test_a_damaged_image_ends_it_by_name_or_is_left_out_and_counted(tmp_path):
   source = Failing(numbered(), 7, DamagedImage("cat.jpg: not a whole image"))
   settings = settings_of(numbered())
   with pytest.raises(ValueError, match=r"cat.jpg: not a whole image\. Mend it, .*skip_damaged"):
-    latents.write(str(tmp_path), source, encode, settings, **WRITE)
+    encoding.write(str(tmp_path), source, encode, settings, **WRITE)
   assert len([name for name in files(tmp_path) if name.endswith(".array_record")]) == 2  # what was good is kept
-  latents.write(str(tmp_path), source, encode, settings, **WRITE, skip_damaged=True)
-  manifest = latents.finish(str(tmp_path), settings)
+  encoding.write(str(tmp_path), source, encode, settings, **WRITE, skip_damaged=True)
+  manifest = encoding.finish(str(tmp_path), settings)
   assert manifest["records"] == 9 and [shard["skipped"] for shard in manifest["shards"]][2] == [
     "cat.jpg: not a whole image"
   ]
@@ -173,7 +173,7 @@ def test_a_damaged_image_ends_it_by_name_or_is_left_out_and_counted(tmp_path):
 def test_other_errors_are_no_damaged_images(tmp_path, error):
   source = Failing(numbered(), 7, error)
   with pytest.raises(type(error), match="is gone"):
-    latents.write(str(tmp_path), source, encode, settings_of(numbered()), **WRITE, skip_damaged=True)
+    encoding.write(str(tmp_path), source, encode, settings_of(numbered()), **WRITE, skip_damaged=True)
 
 
 def test_nothing_but_damaged_images_is_no_cache(tmp_path):
@@ -184,9 +184,9 @@ def test_nothing_but_damaged_images_is_no_cache(tmp_path):
       raise DamagedImage(f"{index}.jpg: not a whole image")
 
   source = Damaged(numbered(2).images, np.zeros(2, int), 5)
-  latents.write(str(tmp_path), source, encode, settings, **WRITE, skip_damaged=True)
+  encoding.write(str(tmp_path), source, encode, settings, **WRITE, skip_damaged=True)
   with pytest.raises(ValueError, match="all 2 images are damaged, the first: 0.jpg"):
-    latents.finish(str(tmp_path), settings)
+    encoding.finish(str(tmp_path), settings)
 
 
 @pytest.mark.parametrize(
@@ -201,12 +201,12 @@ def test_nothing_but_damaged_images_is_no_cache(tmp_path):
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_directory_of_other_latents_is_refused(tmp_path, changes, message, finished):
   settings = settings_of(numbered())
-  latents.write(str(tmp_path), numbered(), encode, settings, **WRITE)
+  encoding.write(str(tmp_path), numbered(), encode, settings, **WRITE)
   if finished:
-    latents.finish(str(tmp_path), settings)
+    encoding.finish(str(tmp_path), settings)
   before = files(tmp_path)
   with pytest.raises(ValueError, match=message):
-    latents.write(str(tmp_path), numbered(), encode, dataclasses.replace(settings, **changes), **WRITE)
+    encoding.write(str(tmp_path), numbered(), encode, dataclasses.replace(settings, **changes), **WRITE)
   assert files(tmp_path) == before
 
 
@@ -294,25 +294,25 @@ def test_latents_beyond_the_format_are_refused(tmp_path):
     return tuple(1e6 * moment for moment in encode(images))
 
   with pytest.raises(ValueError, match="not finite in float16: .*bfloat16"), np.errstate(over="ignore"):
-    latents.write(str(tmp_path), numbered(), huge, settings_of(numbered()), **WRITE)
-  latents.write(str(tmp_path / "b"), numbered(), huge, settings_of(numbered(), dtype="bfloat16"), **WRITE)
+    encoding.write(str(tmp_path), numbered(), huge, settings_of(numbered()), **WRITE)
+  encoding.write(str(tmp_path / "b"), numbered(), huge, settings_of(numbered(), dtype="bfloat16"), **WRITE)
 
 
 def test_a_disk_without_room_is_told_before_anything_is_encoded(tmp_path):
   settings = dataclasses.replace(settings_of(numbered()), images=10**12, images_per_shard=10**9)
   with pytest.raises(ValueError, match=r"needs \d+\.\d\d GB more, but the disk has"):
-    latents.write(str(tmp_path), numbered(), encode, settings, **WRITE)
+    encoding.write(str(tmp_path), numbered(), encode, settings, **WRITE)
 
 
 FULL = """
 import resource, signal, sys
 from test_latents import WRITE, encode, numbered, settings_of
-from eqm_jax.data import latents
+from eqm_jax.data import encoding
 
 source = numbered(64, size=64)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-latents.write(sys.argv[1], source, encode, settings_of(source, images_per_shard=32), **WRITE)
+encoding.write(sys.argv[1], source, encode, settings_of(source, images_per_shard=32), **WRITE)
 """
 
 
@@ -325,4 +325,4 @@ def test_a_disk_that_fills_up_while_writing_is_told_and_leaves_nothing_that_look
   assert set(files(tmp_path)) == {latents.SETTINGS}
   assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
   source = numbered(64, size=64)  # with room again it goes on
-  assert latents.write(str(tmp_path), source, encode, settings_of(source, images_per_shard=32), **WRITE) == 64
+  assert encoding.write(str(tmp_path), source, encode, settings_of(source, images_per_shard=32), **WRITE) == 64
