@@ -13,14 +13,14 @@ Expected:  label agreement 0.943 (adaptive), 0.942 (GD) and 0.940 (NAG) without 
 import ml_collections
 from ml_collections import config_dict
 
-VARIANTS = ("", "smoke", "28")
+VARIANTS = ("", "28")
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Variants: "" is the run above; "28" has the full size; "smoke" is a short run of the same code, for tests."""
+  """Variants: "" is the run above; "28" has the full size."""
   if variant not in VARIANTS:
-    raise ValueError(f"configs/mnist.py has no variant {variant!r}: choose one of {', '.join(VARIANTS[1:])} or none")
-  smoke, full = variant == "smoke", variant == "28"
+    raise ValueError(f"configs/mnist.py has no variant {variant!r}: choose 28 or none")
+  full = variant == "28"
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
@@ -45,8 +45,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     input_size=28 if full else 14,  # pixels
     channels=1,
     patch_size=2,  # pixels
-    width=16 if smoke else 256 if full else 128,
-    depth=1 if smoke else 8 if full else 4,  # blocks
+    width=256 if full else 128,
+    depth=8 if full else 4,  # blocks
     num_heads=4,
     num_classes=10,  # label 10 is "no class"
     mlp_ratio=4.0,
@@ -74,36 +74,35 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.optimizer = config_dict.create(  # AdamW
     learning_rate=2e-3,
     schedule="cosine",  # after the warm-up: "constant" or "cosine" (to zero at the last step)
-    warmup_steps=20 if smoke else 100,
+    warmup_steps=100,
     b1=0.9,
     b2=0.999,
     eps=1e-8,
     weight_decay=0.0,
     clip_norm=0.0,  # of the global gradient; 0: no clipping
-    ema_decay=0.9 if smoke else 0.998,
+    ema_decay=0.998,
   )
   config.train = config_dict.create(
-    steps=20 if smoke else 4500,
-    batch_size=32 if smoke else 64,
-    log_every=20 if smoke else 100,  # steps
+    steps=4500,
+    batch_size=64,
+    log_every=100,  # steps
     init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
   )
   config.checkpoint = config_dict.create(
-    every=30 if smoke else 1000,  # steps
+    every=1000,  # steps
     keep=2,  # newest checkpoints
   )
   config.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1: the rest
   config.sharding = config_dict.create(rules=())  # (regex of the parameter's path, mesh axis of each array axis)
 
-  few = dict(step_size=0.03, max_evaluations=25) if smoke else {}
   config.samplers = config_dict.create(  # one row of the evaluation each
-    gd=_row(**few),
-    nag=_row(rule="nag", momentum=0.3, **few),
-    adaptive=_row(threshold=7.0, **few),
+    gd=_row(),
+    nag=_row(rule="nag", momentum=0.3),
+    adaptive=_row(threshold=7.0),
   )
   config.evaluation = config_dict.create(
-    samples=40 if smoke else 1000,  # 0: none
-    batch_size=40 if smoke else 200,  # samples in flight
+    samples=1000,  # 0: none
+    batch_size=200,  # samples in flight
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     label_agreement=True,  # fit a classifier to the real images and ask it about the samples
@@ -115,7 +114,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     sampler="adaptive",  # one of the samplers
     count=100,  # samples
     labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
-    batch_size=20 if smoke else 100,  # samples in flight
+    batch_size=100,  # samples in flight
     seed=0,
     weights="ema",  # "ema" or "model"
     images=False,  # also one PNG a sample
@@ -123,10 +122,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
   config.tasks = config_dict.create(  # of --mode=denoise, ood, compose and inpaint
     images="",  # a folder of images, an .npz, or "": those of data.source
-    count=20 if smoke else 100,  # images
+    count=100,  # images
     sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
     labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
-    batch_size=20 if smoke else 100,  # samples in flight
+    batch_size=100,  # samples in flight
     seed=0,
     weights="ema",  # "ema" or "model"
     denoise=config_dict.create(
