@@ -1,5 +1,6 @@
 """Shared fixtures: configs by name, the authors' numbers, and a model small enough to compile often."""
 
+import io
 import os
 import pathlib
 import runpy
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADS = {"eqm_tiny": 4, "eqm_tiny_p4": 3}  # what the .pt files cannot tell
@@ -21,6 +23,42 @@ def load_config(name: str, variant: str | None = "") -> ml_collections.ConfigDic
   """A config of configs/; `variant` None is for one without variants."""
   get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
   return get_config() if variant is None else get_config(variant)
+
+
+def picture(mode: str = "RGB", size=(12, 10), seed: int = 0) -> Image.Image:
+  pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+  return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+  buffer = io.BytesIO()
+  image.save(buffer, kind)
+  return buffer.getvalue()
+
+
+def write_build(path, *, version="1.0.0", label=None):
+  """A TFDS build of ten images, made by TFDS, which needs no TensorFlow if the images are encoded already."""
+  import tensorflow_datasets as tfds
+
+  class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    name = "tiny"
+    VERSION = tfds.core.Version(version)
+
+    def _info(self):
+      features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": label or tfds.features.ClassLabel(names=["cat", "dog"]),
+      }
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, manager):
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      for i in range(10):
+        yield i, {"image": io.BytesIO(encoded(picture(seed=i))), "label": i % 2}
+
+  Tiny(data_dir=str(path), file_format="array_record").download_and_prepare()
 
 
 class Reference:

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from conftest import ROOT, load_config
+from conftest import ROOT, load_config, write_build
 from PIL import Image
 
 from eqm_jax import programs
@@ -43,6 +43,21 @@ def small_imagenet(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.checkpoint.every = 2
   config.evaluation.update(samples=10, batch_size=8)
   config.sample.update(count=10, batch_size=8)
+  for row in config.samplers.values():
+    row.max_evaluations = 4
+  return config
+
+
+def small_cifar10(directory: pathlib.Path) -> ml_collections.ConfigDict:
+  """The CIFAR-10 config on a TFDS build of two classes, written here, at 8×8 pixels."""
+  write_build(directory / "tfds")
+  config = load_config("cifar10", None)
+  config.data.options.update(name="tiny", path=str(directory / "tfds"), size=8)
+  config.model.update(input_size=8, width=16, depth=1, num_heads=2, num_classes=2)
+  config.train.update(steps=3, batch_size=8)
+  config.optimizer.warmup_steps = 1
+  config.evaluation.update(samples=10, batch_size=10)
+  config.sample.update(count=10, batch_size=10)
   for row in config.samplers.values():
     row.max_evaluations = 4
   return config
@@ -139,6 +154,7 @@ TASKS = ("denoise", "ood", "compose", "inpaint")
     pytest.param(small_photographs, ("denoise", "inpaint"), id="photographs"),
     pytest.param(small_digits, TASKS, id="digits", marks=pytest.mark.slow),
     pytest.param(small_imagenet, (), id="imagenet256", marks=pytest.mark.slow),
+    pytest.param(small_cifar10, (), id="cifar10", marks=pytest.mark.slow),
   ],
 )
 def test_every_key_is_read_by_a_run(small, modes, tmp_path):

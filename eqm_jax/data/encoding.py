@@ -119,7 +119,7 @@ def _begin(path: str, settings: latents.Settings, writes: bool):
 
 
 def _write_shard(path, source, encode, settings, shard, batch_size, threads, skip_damaged, bar) -> int:
-  """Writes one shard aside, reads it back, renames it, and tells of it. Returns how many images are in it."""
+  """Writes one shard aside, counts its records, renames it, and tells of it. Returns how many there are."""
   file = os.path.join(path, _name(settings, shard))
   partial = f"{file}.partial"
   labels, skipped = [], []

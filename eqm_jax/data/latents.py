@@ -45,7 +45,7 @@ class Settings:
   dtype: str  # one of DTYPES
   images_per_shard: int
   autoencoder: dict[str, Any]  # name ("ema", "mse", ...), sha256 of its parameters, scaling_factor
-  crop: str = "ADM centre crop"
+  crop: str = "ADM centre crop"  # of sources that crop
   version: int = VERSION
 
   def __post_init__(self):
@@ -90,10 +90,8 @@ class Latents:
     labels = " ".join(shard["labels"] for shard in manifest["shards"])
     self.labels = checked_labels(np.asarray(labels.split(), np.int32), self.num_classes, path)
     self._path, self._dtype = path, DTYPES[manifest["dtype"]]
-    self._scale, self._log_scale = (
-      np.float32(self.autoencoder["scaling_factor"]),
-      np.float32(2 * np.log(self.autoencoder["scaling_factor"])),
-    )
+    scale = self.autoencoder["scaling_factor"]
+    self._scale, self._log_scale = np.float32(scale), np.float32(2 * np.log(scale))
     # With the manifest's counts, "file[0:count]", no file is opened before it is read.
     shards = [shard for shard in manifest["shards"] if shard["records"]]
     allow_open_files(len(shards))
@@ -110,7 +108,7 @@ class Latents:
     """The sample with one side alone, [h, w, c], which is half of the work."""
     try:
       record = self._records[index]
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError) as error:
       raise ValueError(f"{self._path}: record {index} cannot be read ({error}): the cache is damaged") from error
     label = np.frombuffer(record, "<i4", 1)[0]
     moments = np.frombuffer(record, self._dtype, offset=4).reshape(2, SIDES, *self.shape)

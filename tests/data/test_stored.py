@@ -8,22 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import encoded, picture, write_build
 from PIL import Image
 
 from eqm_jax.data import images, sources
 
 SIZE = 8
-
-
-def picture(mode: str = "RGB", size=(12, 10), seed: int = 0) -> Image.Image:
-  pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
-  return Image.fromarray(pixels).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-  buffer = io.BytesIO()
-  image.save(buffer, kind)
-  return buffer.getvalue()
 
 
 @pytest.fixture
@@ -133,31 +123,6 @@ def test_folders_that_are_no_data_set_are_refused(folder, change, options, messa
   path = str(folder / options.pop("path", ""))
   with pytest.raises(ValueError, match=message):
     sources.open_source("folder", {"path": path, "size": SIZE, **options})
-
-
-def write_build(path, *, version="1.0.0", label=None):
-  """A TFDS build of ten images, made by TFDS, which needs no TensorFlow if the images are encoded already."""
-  import tensorflow_datasets as tfds
-
-  class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    name = "tiny"
-    VERSION = tfds.core.Version(version)
-
-    def _info(self):
-      features = {
-        "image": tfds.features.Image(shape=(None, None, 3)),
-        "label": label or tfds.features.ClassLabel(names=["cat", "dog"]),
-      }
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, manager):
-      return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-      for i in range(10):
-        yield i, {"image": io.BytesIO(encoded(picture(seed=i))), "label": i % 2}
-
-  Tiny(data_dir=str(path), file_format="array_record").download_and_prepare()
 
 
 @pytest.fixture(scope="module")
