@@ -38,6 +38,7 @@ class Settings:
 
   source: str  # name and options of the data set, as in the config, but for its path: that may change
   options: dict[str, Any]
+  contents: str  # `Source.contents`
   images: int  # of the data set, damaged ones included
   num_classes: int
   image_size: int  # pixels, after the crop
@@ -85,7 +86,7 @@ class Latents:
     """
     manifest = read_manifest(path)
     _check_shards(path, manifest, verify)
-    self.autoencoder = manifest["autoencoder"]
+    self.autoencoder, self.contents = manifest["autoencoder"], manifest["contents"]
     self.num_classes, self.shape = manifest["num_classes"], tuple(manifest["latent_shape"])
     labels = " ".join(shard["labels"] for shard in manifest["shards"])
     self.labels = checked_labels(np.asarray(labels.split(), np.int32), self.num_classes, path)

@@ -18,6 +18,7 @@ class Source(Protocol):
   shape: tuple[int, int, int]  # (H, W, C) of a sample
   num_classes: int
   autoencoder: dict[str, Any] | None  # whose latents they are, as `Codec.identity` has it; None: they are images
+  contents: str  # tells it from others of its name and options: a hash of what files it has; "": there are none
 
   @property
   def labels(self) -> np.ndarray: ...  # [N] int32; may take a pass over the data
@@ -29,6 +30,7 @@ class Images:
   """Images held in memory: [N, H, W, C] float32 in [−1, 1], and int labels [N]."""
 
   autoencoder = None
+  contents = ""
 
   def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int):
     self.images, self.labels, self.num_classes = images, checked_labels(labels, num_classes), num_classes

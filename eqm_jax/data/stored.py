@@ -1,6 +1,7 @@
 """Data sets of images on disk: a folder for each class, TFDS builds, .npz files. Paths are local or gs://."""
 
 import functools
+import hashlib
 import re
 from collections.abc import Iterator
 
@@ -34,7 +35,7 @@ class Folder:
     _check_size(size, channels)
     root = epath.Path(path)
     if not root.is_dir():
-      raise ValueError(f"{path}: no such directory of images")
+      raise ValueError(f"{path}: no such directory of images (docs/data.md tells what to fetch, and where to put it)")
     classes = sorted(entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir())
     if not classes:
       raise ValueError(f"{path}: holds no directory: put the images of each class into one, or all into a single one")
@@ -45,6 +46,8 @@ class Folder:
       raise ValueError(f"{empty[0]}: a class without images ({', '.join(EXTENSIONS)}); {len(empty)} such in {path}")
     self.files = [file for files in found for file in files]
     self.num_classes = len(classes)
+    names = "\n".join(str(file.relative_to(root)) for file in self.files)
+    self.contents = hashlib.sha256(names.encode()).hexdigest()
     self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in found])
     self.shape = (size, size, channels)
 
@@ -99,6 +102,7 @@ class Tfds:
       raise ValueError(f"{directory}: split {split!r} cannot be opened ({error})") from error
     self.num_classes, self.shape = features["label"].num_classes, (size, size, channels)
     self._where = f"{directory}, {split}"
+    self.contents = directory.name  # the version
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
@@ -126,7 +130,9 @@ def npz(path: str, num_classes: int = 0) -> Images:
   """
   found, labels = images.npz_arrays(path)
   labels = np.zeros(len(found), np.int32) if labels is None else labels
-  return Images(images.to_float(found, path), labels, num_classes or int(labels.max()) + 1)
+  source = Images(images.to_float(found, path), labels, num_classes or int(labels.max()) + 1)
+  source.contents = hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest()
+  return source
 
 
 def _check_size(size: int, channels: int):

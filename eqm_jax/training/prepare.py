@@ -68,6 +68,7 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
     raise ValueError("autoencoder.path is empty: give the autoencoder that encodes the images")
   settings = latents.Settings(
     **wanted,
+    contents=source.contents,
     images=len(source),
     num_classes=source.num_classes,
     image_size=source.shape[0],

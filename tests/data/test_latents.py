@@ -39,7 +39,14 @@ def settings_of(source, **changes) -> latents.Settings:
   H, W, C = source.shape
   return latents.Settings(
     **{
-      **dict(source="numbered", options={"size": H}, images=len(source), num_classes=source.num_classes, image_size=H),
+      **dict(
+        source="numbered",
+        options={"size": H},
+        contents="c0",
+        images=len(source),
+        num_classes=source.num_classes,
+        image_size=H,
+      ),
       **dict(latent_shape=(H // 2, W // 2, C), dtype="float16", images_per_shard=3, autoencoder=IDENTITY),
       **changes,
     }
@@ -194,6 +201,7 @@ def test_nothing_but_damaged_images_is_no_cache(tmp_path):
   [
     ({"autoencoder": {**IDENTITY, "name": "mse"}}, "autoencoder: .*'ema'.* there, .*'mse'.* wanted"),
     ({"image_size": 8}, "image_size: 4 there, 8 wanted"),
+    ({"contents": "c1"}, "contents: 'c0' there, 'c1' wanted"),
     ({"dtype": "bfloat16"}, "dtype: 'float16' there"),
     ({"images_per_shard": 5}, "images_per_shard: 3 there, 5 wanted"),
   ],

@@ -103,6 +103,19 @@ def test_an_image_that_cannot_be_read_is_named_and_is_not_a_damaged_one(folder):
     source[0]
 
 
+def test_other_files_are_other_contents(folder):
+  """So that a cache that was begun does not go on with another folder of as many images."""
+
+  def contents(path):
+    return sources.open_source("folder", {"path": str(path), "size": SIZE}).contents
+
+  before = contents(folder)
+  shutil.copytree(folder, folder / ".moved")
+  assert contents(folder / ".moved") == before
+  (folder / "dog" / "b.png").rename(folder / "dog" / "c.png")
+  assert contents(folder) != before
+
+
 def test_small_images_are_enlarged(folder):
   (folder / "cat" / "c.png").write_bytes(encoded(picture(size=(3, 5))))
   assert sources.open_source("folder", {"path": str(folder), "size": SIZE})[0]["image"].shape == (8, 8, 3)
@@ -197,6 +210,9 @@ def test_an_npz_is_a_data_set(tmp_path):
   assert source.shape == (5, 5, 3) and source.num_classes == 3 and source.labels.tolist() == [0, 1, 2, 0, 1, 2]
   np.testing.assert_allclose((source[1]["image"] + 1) * 127.5, pixels[1], atol=1e-3)
   np.savez(tmp_path / "b.npz", image=pixels)
+  np.savez(tmp_path / "c.npz", image=255 - pixels)
+  assert source.contents == sources.open_source("npz", {"path": str(tmp_path / "b.npz")}).contents
+  assert source.contents != sources.open_source("npz", {"path": str(tmp_path / "c.npz")}).contents
   assert sources.open_source("npz", {"path": str(tmp_path / "b.npz"), "num_classes": 10}).labels.tolist() == [0] * 6
   with pytest.raises(ValueError, match="labels 0..2, but num_classes = 2"):
     sources.open_source("npz", {"path": str(tmp_path / "a.npz"), "num_classes": 2})
