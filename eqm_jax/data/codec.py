@@ -46,21 +46,16 @@ class Codec:
     Raises:
       ValueError: if it cannot take such images.
     """
-    H, W, C = image_shape
-    reduction = self.module.reduction
-    if C != self.module.in_channels or H % reduction or W % reduction:
-      raise ValueError(
-        f"the autoencoder takes {self.module.in_channels} channels and sides that {reduction} divides, "
-        f"but the images have shape {image_shape}"
-      )
-    return H // reduction, W // reduction, self.module.latent_channels
+    return self._shapes("encode", image_shape)[0].shape[1:]
 
   def check_decodes(self, latent_shape: tuple[int, int, int]):
     """Refuses, as a ValueError, samples that are none of its latents."""
-    if latent_shape[-1] != self.module.latent_channels:
-      raise ValueError(
-        f"the autoencoder has {self.module.latent_channels} latent channels, but the model makes {latent_shape}"
-      )
+    self._shapes("decode", latent_shape)
+
+  def _shapes(self, method: str, shape: tuple[int, int, int]) -> Any:
+    """What a method answers to one array of `shape`, without computing it."""
+    example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    return jax.eval_shape(functools.partial(self.module.apply, method=method), {"params": self.params}, example)
 
   def moments(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Images [N, H, W, C] → mean and log-variance [N, 2, h, w, c], unscaled.
