@@ -31,7 +31,7 @@ class Batching:
   key: jax.Array  # sample i's random numbers depend on (key, i) alone
   multiplier: float  # λ of the field
   decode: Callable[[np.ndarray], np.ndarray] | None = None  # latents → images (uint8), where samples are latents
-  autoencoder: str = ""  # that decodes: its name and sha256
+  autoencoder: str = ""  # that decodes: its name and sha256; "": the samples are not decoded
 
   @property
   def ways(self) -> int:

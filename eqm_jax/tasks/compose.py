@@ -67,7 +67,13 @@ def compose(
   result = images.pop("sum")
   report["evaluations"] = float(result.evaluations_B.mean())
   os.makedirs(directory, exist_ok=True)
-  np.savez(os.path.join(directory, "compose.npz"), x=result.x, evaluations=result.evaluations_B, norm=result.norm_B)
+  np.savez(
+    os.path.join(directory, "compose.npz"),
+    x=result.x,
+    evaluations=result.evaluations_B,
+    norm=result.norm_B,
+    autoencoder=batching.autoencoder,
+  )
   inputs.show([*(alone.x for alone in images.values()), result.x], SHOWN, batching).save(
     os.path.join(directory, "compose.png")
   )

@@ -50,7 +50,7 @@ def denoise(
     strips.append(result.x)
     arrays[f"gamma_{name}"] = result.x
   os.makedirs(directory, exist_ok=True)
-  np.savez(os.path.join(directory, "denoised.npz"), **arrays)
+  np.savez(os.path.join(directory, "denoised.npz"), **arrays, autoencoder=batching.autoencoder)
   inputs.show(strips, SHOWN, batching).save(os.path.join(directory, "denoise.png"))
   write_json(os.path.join(directory, "denoise.json"), report)
   return report

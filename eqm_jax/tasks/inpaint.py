@@ -73,7 +73,13 @@ def inpaint(
     "evaluations": float(result.evaluations_B.mean()),
   }
   os.makedirs(directory, exist_ok=True)
-  np.savez(os.path.join(directory, "inpainted.npz"), x=result.x, label=given.label_N, mask=mask)
+  np.savez(
+    os.path.join(directory, "inpainted.npz"),
+    x=result.x,
+    label=given.label_N,
+    mask=mask,
+    autoencoder=batching.autoencoder,
+  )
   left_over = np.where(painted, 0.0, given.image_N)
   inputs.show([given.image_N, left_over, result.x], SHOWN, batching).save(os.path.join(directory, "inpaint.png"))
   write_json(os.path.join(directory, "inpaint.json"), report)

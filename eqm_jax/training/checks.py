@@ -17,7 +17,10 @@ from eqm_jax.training import checkpoint, pretrained
 # What may differ between a run and its continuation: it does not touch the parameters (any more), or is checked
 # elsewhere: that the data set is as long as it was, and that the latents are of the same autoencoder.
 FREE = (
-  "autoencoder.",
+  "autoencoder.batch_size.",
+  "autoencoder.name.",
+  "autoencoder.path.",
+  "autoencoder.sha256.",
   "checkpoint.",
   "data.options.path.",
   "data.options.verify.",
@@ -123,19 +126,21 @@ def check_same_run(
   if not (os.path.exists(path) and checkpoint.steps(workdir)):
     return
   there = read_json(path)
+  # What encodes in each step makes the data; with a cache it only decodes samples.
+  free = (*FREE, "autoencoder.dtype.") if config.data.source == "latents" else FREE
   check_same_autoencoder(workdir, pretrained.recorded_autoencoder(there), identity)
+  found = [
+    f"{name}: {was!r} there, {now!r} given"
+    for name, was, now in differences(there, json.loads(config.to_json()))
+    if was is not None and not f"{name}.".startswith(free)
+  ]
+  if found:
+    raise ValueError(f"{workdir} holds a run with another config: {'; '.join(found)}. Choose another --workdir")
   seen = there["data"].get("samples", samples)
   if samples is not None and seen != samples:
     raise ValueError(
       f"{workdir} was trained on {seen} samples, but the data set has {samples}. Choose another --workdir"
     )
-  found = [
-    f"{name}: {was!r} there, {now!r} given"
-    for name, was, now in differences(there, json.loads(config.to_json()))
-    if was is not None and not f"{name}.".startswith(FREE)
-  ]
-  if found:
-    raise ValueError(f"{workdir} holds a run with another config: {'; '.join(found)}. Choose another --workdir")
 
 
 def differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

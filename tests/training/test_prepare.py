@@ -78,7 +78,11 @@ def test_an_export_keeps_the_record(trained, tmp_path):
 
 
 def test_samples_are_decoded(trained):
-  programs.run("sample", small(trained), str(trained / "run"), None)
+  config = small(trained)
+  config.autoencoder.dtype = "bfloat16"  # of a decoder: free
+  programs.run("sample", config, str(trained / "run"), None)
+  config.autoencoder.dtype = "float32"
+  programs.run("sample", config, str(trained / "run"), None)
   arrays = np.load(trained / "run" / "samples" / "samples.npz")
   assert arrays["x"].shape == (5, 8, 8, 4) and arrays["image"].shape == (5, 32, 32, 3)
   assert arrays["image"].dtype == np.uint8
@@ -103,6 +107,9 @@ def test_without_a_cache_images_are_encoded_in_each_step(trained, tmp_path):
   losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert np.isfinite(losses).all()
   assert eqm_jax.load(tmp_path / "run").autoencoder == eqm_jax.load(trained / "run").autoencoder
+  config.autoencoder.dtype, config.train.steps = "bfloat16", 3  # other latents
+  with pytest.raises(ValueError, match="autoencoder.dtype: 'float32' there"):
+    programs.run("train", config, str(tmp_path / "run"), None)
 
 
 def test_a_benchmark_times_reading_and_both_ways_of_training(trained, tmp_path, monkeypatch):
@@ -200,7 +207,7 @@ def test_a_run_does_not_go_on_with_latents_of_another_autoencoder(directory):
 def test_a_run_does_not_go_on_with_another_number_of_samples(directory):
   forget_latents(directory)
   config = small(directory)
-  config.train.steps, config.prepare.options.stride = 3, 70
+  config.prepare.options.stride = 70
   with pytest.raises(ValueError, match=r"run was trained on \d+ samples, but the data set has \d+"):
     programs.run("train", config, str(directory / "run"), None)
 
