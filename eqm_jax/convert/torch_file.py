@@ -1,8 +1,9 @@
 """Reads and writes PyTorch's .pt files without PyTorch and without running code.
 
 A .pt file is a zip archive: `data.pkl`, a pickle of the objects with tensors
-replaced by references, and one raw file per tensor storage. A pickle can name any
-function and have it called, so the reader resolves a short list of names to inert
+replaced by references, and one raw file per tensor storage. Before PyTorch 1.6 it
+was a row of pickles with the storages behind them; that is read too. A pickle can name
+any function and have it called, so the reader resolves a short list of names to inert
 stand-ins of its own and refuses every other by name.
 """
 
@@ -14,8 +15,8 @@ import pickle
 import struct
 import types
 import zipfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -32,12 +33,31 @@ STORAGES = {
   "ByteStorage": np.dtype("u1"),
   "BoolStorage": np.dtype("?"),
 }
+LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # the first two pickles of the older format
+# What reading a damaged pickle or archive may end in, besides the errors that name the file already.
+DAMAGE = (
+  pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, LookupError, TypeError, AttributeError,
+  ValueError, OverflowError, MemoryError, RuntimeError,
+)  # fmt: skip
 
 
-class Tensor:
+class FileError(ValueError):
+  """What is wrong with a file; the message begins with its path."""
+
+
+class _Inert:
+  """A pickle may set the state of every object in it; of these it may not, lest they read another file."""
+
+  def __setstate__(self, state: Any):
+    raise pickle.UnpicklingError(f"it sets the state of a {type(self).__name__}")
+
+
+class Tensor(_Inert):
   """A tensor still in its file; `numpy()` reads it. Optimizer states never are."""
 
-  def __init__(self, storage: "_Storage", offset: int, shape: tuple[int, ...], stride: tuple[int, ...]):
+  def __init__(
+    self, storage: "_Storage | _LegacyStorage", offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+  ):
     self.shape = tuple(shape)
     self._storage, self._offset, self._stride = storage, offset, tuple(stride)
 
@@ -45,14 +65,14 @@ class Tensor:
     flat = self._storage.read()
     last = self._offset + sum((n - 1) * step for n, step in zip(self.shape, self._stride))
     if min((self._offset, *self._stride, *self.shape)) < 0 or (math.prod(self.shape) and last >= flat.size):
-      raise ValueError(
-        f"{self._storage.path}: a tensor of shape {self.shape} reaches outside its storage: damaged file"
-      )
+      raise FileError(f"{self._storage.path}: a tensor of shape {self.shape} reaches outside its storage: damaged file")
     strides = [step * flat.itemsize for step in self._stride]
     return np.lib.stride_tricks.as_strided(flat[self._offset :], self.shape, strides).copy()
 
 
-class _Storage:
+class _Storage(_Inert):
+  """The numbers of one storage: an entry of a zip archive."""
+
   def __init__(self, path: str, entry: str, dtype: np.dtype):
     self.path, self.entry, self.dtype = path, entry, dtype
 
@@ -60,35 +80,101 @@ class _Storage:
     try:
       with zipfile.ZipFile(self.path) as archive:
         return np.frombuffer(archive.read(self.entry), self.dtype)
-    except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
-      raise ValueError(f"{self.path}: cannot read {self.entry}, the file is damaged ({error})") from error
+    except DAMAGE as error:
+      raise FileError(f"{self.path}: cannot read {self.entry}, the file is damaged ({error})") from error
+
+
+class _LegacyStorage(_Inert):
+  """The same in the older format: `length` numbers at `position`, which is known when the pickles have been read."""
+
+  def __init__(self, path: str, dtype: np.dtype, length: int):
+    self.path, self.dtype, self.length, self.position = path, dtype, length, None
+
+  def read(self) -> np.ndarray:
+    with open(self.path, "rb") as file:
+      file.seek(self.position)
+      flat = np.fromfile(file, self.dtype, self.length)
+    if flat.size != self.length:
+      raise FileError(f"{self.path}: ends inside a tensor: was it changed while it was read?")
+    return flat
 
 
 def read(path: str | os.PathLike) -> Any:
   """The objects of a .pt file: dicts, lists and numbers as they are, tensors as `Tensor`.
 
   Raises:
-    ValueError: if the file is truncated, not in the zip format of PyTorch 1.6 and
-      later, or names anything but tensors and plain containers.
+    ValueError: if the file is truncated, in neither of PyTorch's formats (zip since
+      version 1.6, a row of pickles since 0.4), or names anything but tensors and
+      plain containers.
   """
   path = os.fspath(path)
+  with open(path, "rb") as file:
+    legacy = LEGACY_MAGIC.to_bytes(10, "little") in file.read(32)
   try:
-    with zipfile.ZipFile(path) as archive:
-      pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-      if not pickles:
-        raise ValueError(f"{path}: a zip archive, but not a PyTorch file (no data.pkl)")
-      prefix = pickles[0].removesuffix("data.pkl")
-      if prefix + "byteorder" in archive.namelist() and archive.read(prefix + "byteorder") != b"little":
-        raise ValueError(f"{path}: big-endian files are not supported")
-      return _Unpickler(archive.read(pickles[0]), path, prefix).load()
+    return _read_legacy(path) if legacy else _read_zip(path)
+  except FileError:
+    raise
   except zipfile.BadZipFile as error:
-    size = os.path.getsize(path)
-    raise ValueError(
-      f"{path} ({size:,} bytes) is truncated, or not a PyTorch file of version 1.6 or later: "
-      "compare its size with the source's and fetch it again"
-    ) from error
-  except (pickle.UnpicklingError, EOFError, IndexError, TypeError, AttributeError, struct.error) as error:
-    raise ValueError(f"{path}: not readable as a PyTorch file: {error}") from error
+    raise FileError(_truncated(path, "is truncated, or not a PyTorch file")) from error
+  except DAMAGE as error:
+    reason = f"{type(error).__name__}: {error}"
+    if legacy:
+      raise FileError(_truncated(path, f"is truncated or damaged ({reason})")) from error
+    raise FileError(f"{path}: not readable as a PyTorch file: {reason}") from error
+
+
+def _truncated(path: str, problem: str) -> str:
+  return f"{path} ({os.path.getsize(path):,} bytes) {problem}: compare its size with the source's and fetch it again"
+
+
+def _read_zip(path: str) -> Any:
+  with zipfile.ZipFile(path) as archive:
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if not pickles:
+      raise FileError(f"{path}: a zip archive, but not a PyTorch file (no data.pkl)")
+    prefix = pickles[0].removesuffix("data.pkl")
+    if prefix + "byteorder" in archive.namelist() and archive.read(prefix + "byteorder") != b"little":
+      raise FileError(f"{path}: big-endian files are not supported")
+    data = io.BytesIO(archive.read(pickles[0]))
+  return _Unpickler(data, path, lambda dtype, key, _: _Storage(path, f"{prefix}data/{key}", dtype)).load()
+
+
+def _read_legacy(path: str) -> Any:
+  """Pickles of magic, version, system, objects and keys; then of each key's storage the length and the numbers."""
+  storages: dict[str, _LegacyStorage] = {}
+
+  def find(dtype: np.dtype, key: str, length: int) -> _LegacyStorage:
+    storage = storages.setdefault(key, _LegacyStorage(path, dtype, length))
+    if (storage.dtype, storage.length) != (dtype, length):
+      raise FileError(f"{path}: storage {key} is {storage.length} {storage.dtype} and {length} {dtype}: damaged file")
+    return storage
+
+  with open(path, "rb") as file:
+    magic, version, system = (_Unpickler(file, path, find).load() for _ in range(3))
+    if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION):
+      raise FileError(
+        f"{path}: version {version!r} of the format before PyTorch 1.6, but only {LEGACY_VERSION} is known"
+      )
+    if not system["little_endian"]:
+      raise FileError(f"{path}: big-endian files are not supported")
+    contents, keys = (_Unpickler(file, path, find).load() for _ in range(2))
+    if sorted(keys) != sorted(storages):
+      raise FileError(f"{path}: its objects name {len(storages)} storages, its list {len(keys)}: damaged file")
+    for storage in map(storages.get, keys):
+      _locate(storage, file)
+  return contents
+
+
+def _locate(storage: _LegacyStorage, file: BinaryIO):
+  """Notes where the numbers of the next storage begin, and skips them."""
+  (length,) = struct.unpack("<q", file.read(8))
+  if length != storage.length or length < 0:
+    raise FileError(f"{storage.path}: a storage of {storage.length} numbers holds {length}: damaged file")
+  storage.position = file.tell()
+  end = storage.position + length * storage.dtype.itemsize
+  if end > os.path.getsize(storage.path):
+    raise EOFError(f"its numbers end at byte {end:,} or later")
+  file.seek(end)
 
 
 class _Namespace(types.SimpleNamespace):
@@ -96,33 +182,39 @@ class _Namespace(types.SimpleNamespace):
 
 
 class _Unpickler(pickle.Unpickler):
-  def __init__(self, data: bytes, path: str, prefix: str):
-    super().__init__(io.BytesIO(data))
-    self.path, self.prefix = path, prefix
+  """Calls `storage(dtype, key, length)` for each reference to one."""
+
+  def __init__(self, file: BinaryIO, path: str, storage: Callable[[np.dtype, str, int], Any]):
+    super().__init__(file)
+    self.path, self.storage = path, storage
 
   def find_class(self, module: str, name: str) -> Any:
     if module == "torch" and name in STORAGES:
-      return STORAGES[name]
+      return name
     allowed = {
       ("collections", "OrderedDict"): collections.OrderedDict,
       ("argparse", "Namespace"): _Namespace,
-      ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: Tensor(
-        storage, offset, shape, stride
-      ),
+      ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
       ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     }
     if (module, name) not in allowed:
-      raise ValueError(
+      raise FileError(
         f"{self.path}: refused, the file asks for {module}.{name}, "
         "which a checkpoint of weights has no use for and which could run code"
       )
     return allowed[module, name]
 
-  def persistent_load(self, reference: tuple) -> _Storage:
-    _, dtype, key, *_ = reference
-    if not isinstance(dtype, np.dtype):
-      raise ValueError(f"{self.path}: unknown storage type {dtype!r}")
-    return _Storage(self.path, f"{self.prefix}data/{key}", dtype)
+  def rebuild_tensor(self, storage: Any, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_) -> Tensor:
+    whole = all(type(number) is int for number in (offset, *shape, *stride))
+    if not isinstance(storage, _Storage | _LegacyStorage) or not whole or len(shape) != len(stride):
+      raise FileError(f"{self.path}: a tensor of shape {shape!r} and stride {stride!r}: damaged file")
+    return Tensor(storage, offset, shape, stride)
+
+  def persistent_load(self, reference: tuple) -> Any:
+    kind, name, key, _, length, *view = reference
+    if kind != "storage" or name not in STORAGES or any(view):  # views of storages: PyTorch 0.3 and earlier
+      raise FileError(f"{self.path}: not a reference to a storage: {reference!r}")
+    return self.storage(STORAGES[name], key, length)
 
 
 def write(path: str | os.PathLike, tensors: Mapping[str, Mapping[str, np.ndarray]], args: Mapping[str, Any]):

@@ -1,7 +1,9 @@
 import os
 import pickle
+import struct
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,6 +16,62 @@ def write_pickle(path, data: bytes):
     archive.writestr("archive/byteorder", "little")
 
 
+def legacy_file(body: bytes, storages: dict[str, np.ndarray], **changed) -> bytes:
+  """A file of the format before PyTorch 1.6, as torch.save wrote it: `body` is the pickle of the objects."""
+  parts = {
+    "magic": 0x1950A86A20F9469CFC6C,
+    "version": 1001,
+    "system": {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}},
+    "body": body,
+    "keys": list(storages),
+    **changed,
+  }
+  data = b"".join(part if name == "body" else pickle.dumps(part, protocol=2) for name, part in parts.items())
+  for array in storages.values():
+    data += struct.pack("<q", array.size) + array.tobytes()
+  return data
+
+
+def legacy_tensor(
+  storages: dict[str, np.ndarray], key: str, offset=0, shape=(), stride=(), view: bytes = b"N"
+) -> bytes:
+  """The opcodes of one tensor, in their readable form of protocol 0."""
+  kind = {dtype: name for name, dtype in torch_file.STORAGES.items()}[storages[key].dtype]
+  numbers = [b"(" + b"".join(b"I%d\n" % number for number in numbers) + b"t" for numbers in (shape, stride)]
+  storage = b"(Vstorage\nctorch\n%s\nV%s\nVcpu\nI%d\n%stQ" % (kind.encode(), key.encode(), storages[key].size, view)
+  arguments = storage + b"I%d\n" % offset + b"".join(numbers) + b"I00\nccollections\nOrderedDict\n)R"
+  return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
+
+
+def legacy_state_dict(tensors: dict[str, bytes]) -> bytes:
+  """The pickle of an OrderedDict with `_metadata`, as a module's state dict has it."""
+  items = b"".join(b"V%s\n" % name.encode() + opcodes for name, opcodes in tensors.items())
+  return b"ccollections\nOrderedDict\n)R(" + items + b"u}V_metadata\n}V\n}Vversion\nI1\nsssb."
+
+
+LEGACY_STORAGES = {
+  "94271": np.arange(30, dtype=np.float32),
+  "5": np.arange(4).astype(ml_dtypes.bfloat16),
+  "61": np.array([7, 2**40]),
+  "8": np.array([True, False]),
+  "0": np.zeros(0, np.float64),
+}
+
+
+def small_legacy_file(**changed) -> bytes:
+  tensors = {
+    "whole": legacy_tensor(LEGACY_STORAGES, "94271", 0, (5, 6), (6, 1)),
+    "part": legacy_tensor(LEGACY_STORAGES, "94271", 8, (3, 2), (6, 1)),
+    "transposed": legacy_tensor(LEGACY_STORAGES, "94271", 0, (6, 5), (1, 6)),
+    "expanded": legacy_tensor(LEGACY_STORAGES, "94271", 4, (3, 2), (0, 0)),
+    "scalar": legacy_tensor(LEGACY_STORAGES, "61", 1),
+    "bfloat16": legacy_tensor(LEGACY_STORAGES, "5", 0, (4,), (1,)),
+    "bool": legacy_tensor(LEGACY_STORAGES, "8", 0, (2,), (1,)),
+    "empty": legacy_tensor(LEGACY_STORAGES, "0", 0, (0, 4), (4, 1)),
+  }
+  return legacy_file(**{"body": legacy_state_dict(tensors), "storages": LEGACY_STORAGES, **changed})
+
+
 class Malicious:
   def __init__(self, function, *arguments):
     self.function, self.arguments = function, arguments
@@ -22,6 +80,7 @@ class Malicious:
     return self.function, self.arguments
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
   "function, arguments, name",
   [
@@ -30,13 +89,25 @@ class Malicious:
     (getattr, ("x", "upper"), r"(builtins|__builtin__)\.getattr"),
   ],
 )
-def test_a_malicious_pickle_is_refused_by_name_and_does_nothing(tmp_path, function, arguments, name):
+def test_a_malicious_pickle_is_refused_by_name_and_does_nothing(tmp_path, function, arguments, name, legacy):
   marker = tmp_path / "owned"
   arguments = [argument.format(marker=str(marker)) for argument in arguments]
-  write_pickle(tmp_path / "bad.pt", pickle.dumps({"model": Malicious(function, *arguments)}, protocol=2))
+  body = pickle.dumps({"model": Malicious(function, *arguments)}, protocol=2)
+  if legacy:
+    (tmp_path / "bad.pt").write_bytes(legacy_file(body, {}))
+  else:
+    write_pickle(tmp_path / "bad.pt", body)
   with pytest.raises(ValueError, match=f"refused, the file asks for {name}"):
     torch_file.read(tmp_path / "bad.pt")
   assert not marker.exists()
+
+
+def test_a_pickle_cannot_turn_a_tensor_to_another_file(tmp_path):
+  storages = {"1": np.zeros(2, np.float32)}
+  opcodes = legacy_tensor(storages, "1", 0, (2,), (1,)) + b"}V_storage\nI1\nsb"
+  (tmp_path / "bad.pt").write_bytes(legacy_file(legacy_state_dict({"a": opcodes}), storages))
+  with pytest.raises(ValueError, match="bad.pt.*sets the state of a Tensor"):
+    torch_file.read(tmp_path / "bad.pt")
 
 
 def test_a_tensor_that_reaches_outside_its_storage_is_refused(tmp_path):
@@ -98,3 +169,48 @@ def test_another_zip_is_not_a_pytorch_file(tmp_path):
     archive.writestr("hello", "world")
   with pytest.raises(ValueError, match="not a PyTorch file"):
     torch_file.read(tmp_path / "other.zip")
+
+
+def test_the_format_before_pytorch_1_6_is_read(tmp_path):
+  (tmp_path / "old.pth").write_bytes(small_legacy_file())
+  read = {name: tensor.numpy() for name, tensor in torch_file.read(tmp_path / "old.pth").items()}
+  whole = LEGACY_STORAGES["94271"].reshape(5, 6)
+  expected = {
+    "whole": whole,
+    "part": whole[1:4, 2:4],
+    "transposed": whole.T,
+    "expanded": np.full((3, 2), 4, np.float32),
+    "scalar": np.int64(2**40),
+    "bfloat16": LEGACY_STORAGES["5"],
+    "bool": LEGACY_STORAGES["8"],
+    "empty": np.zeros((0, 4)),
+  }
+  assert list(read) == list(expected)
+  for name, array in expected.items():
+    assert read[name].dtype == array.dtype
+    np.testing.assert_array_equal(read[name], array, err_msg=name, strict=True)
+
+
+def test_a_truncated_file_of_the_older_format_is_told_wherever_it_ends(tmp_path):
+  content, path = small_legacy_file(), tmp_path / "cut.pth"
+  for size in {*range(0, len(content), 5), len(content) - 1}:
+    path.write_bytes(content[:size])
+    with pytest.raises(ValueError, match=rf"cut.pth \({size:,} bytes\) is truncated"):
+      torch_file.read(path)
+
+
+@pytest.mark.parametrize(
+  "changed, message",
+  [
+    ({"version": 1002}, "version 1002 of the format before PyTorch 1.6, but only 1001"),
+    ({"system": {"little_endian": False}}, "big-endian"),
+    ({"keys": ["94271", "5", "61", "8"]}, "name 5 storages, its list 4: damaged"),
+    ({"keys": ["5", "94271", "61", "8", "0"]}, "a storage of 4 numbers holds 30: damaged"),
+    ({"body": legacy_tensor(LEGACY_STORAGES, "5", view=b"(V9\nI0\nI4\nt") + b"."}, "not a reference to a storage"),
+    ({"body": legacy_tensor(LEGACY_STORAGES, "5", 0, (4,)) + b"."}, r"shape \(4,\) and stride \(\): damaged"),
+  ],
+)
+def test_a_damaged_file_of_the_older_format_is_told(tmp_path, changed, message):
+  (tmp_path / "bad.pth").write_bytes(small_legacy_file(**changed))
+  with pytest.raises(ValueError, match=f"bad.pth.*{message}"):
+    torch_file.read(tmp_path / "bad.pth")

@@ -1,0 +1,232 @@
+"""The Inception-v3 whose features the FID is defined on: images to pool, spatial and logits.
+
+The TensorFlow graph of 2015-12-05, as pytorch-fid, torch-fidelity and ADM's evaluator have it. It is not torchvision's:
+average pools do not count the padding, the last block's pool takes the maximum, and there are 1008 classes.
+
+Batch norms are folded into the convolutions when the weights are converted (convert/inception.py). Modules bear the
+published names. Every product is taken in full float32: distances between features would show the bfloat16 of a TPU's
+or the TF32 of a GPU's default.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SIZE = 299  # height and width of the images that the network sees
+CLASSES = 1008
+SPATIAL_CHANNELS = 7  # of Mixed_6d, as many as ADM's evaluator takes: 17·17·7 = 2023 numbers, about those of pool
+RESIZES = ("tf1", "half_pixel")
+EXACT = jax.lax.Precision.HIGHEST
+
+
+def features(params: Any, images_uint8: jax.Array, resize: str = "tf1") -> dict[str, jax.Array]:
+  """The features of images, in float32.
+
+  The network is compiled once for a batch size, whatever size the images have. May be called inside jax.jit, and with
+  images sharded along the batch, if the parameters are replicated.
+
+  Args:
+    params: as `convert.inception.load` gives them; jax.device_put them first if there are many batches.
+    images_uint8: [B, H, W, 3] in 0..255, RGB, of any height and width.
+    resize: how they become 299×299, both without antialiasing. "tf1": as in TensorFlow 1 (pixel i is read at i·H/299),
+      then (x − 128)/128: that of the original FID, ADM's evaluator and torch-fidelity. "half_pixel": between pixel
+      centres, then 2x/255 − 1: that of pytorch-fid.
+
+  Returns:
+    pool [B, 2048], after the last average: of FID, KID, precision and recall.
+    spatial [B, 17, 17, 7], the first channels of Mixed_6d, those of its 1×1 branch: of ADM's sFID.
+    logits_unbiased [B, 1008], the last layer without its bias: of the Inception Score.
+
+  Raises:
+    ValueError: if the images are not such, or `resize` is not known.
+  """
+  if resize not in RESIZES:
+    raise ValueError(f"resize = {resize!r}, but known are {' and '.join(map(repr, RESIZES))}")
+  shape, dtype = (getattr(images_uint8, name, None) for name in ("shape", "dtype"))
+  if shape is None or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+    seen = f"a {type(images_uint8).__name__}" if shape is None else f"{dtype} {tuple(shape)}"
+    raise ValueError(
+      f"Inception takes images uint8 [B, H, W, 3], B ≥ 1, in 0..255, but got {seen}: convert floats in [−1, 1] by "
+      "np.clip(np.rint(127.5 * x + 127.5), 0, 255).astype(np.uint8), grey images [B, H, W, 1] by np.repeat(x, 3, -1)"
+    )
+  return _network(params, _resize(images_uint8, resize))
+
+
+def parameter_shapes() -> Any:
+  """The tree of parameters as jax.ShapeDtypeStruct: a kernel and a bias for each convolution, a kernel for fc."""
+  example = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+  return jax.eval_shape(Inception().init, jax.random.key(0), example)["params"]
+
+
+@jax.jit
+def _network(params: Any, x_BxHxWxC: jax.Array) -> dict[str, jax.Array]:
+  return Inception().apply({"params": params}, x_BxHxWxC)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _resize(images_BxHxWxC: jax.Array, method: str) -> jax.Array:
+  """Images 0..255 of any size → [B, 299, 299, C] in about [−1, 1]. Bilinear: a matrix for each axis."""
+  _, H, W, _ = images_BxHxWxC.shape
+  rows, columns = (interpolation(length, SIZE, method) for length in (H, W))
+  x = images_BxHxWxC.astype(jnp.float32)
+  x = jnp.einsum("ih,bhwc->biwc", rows, x, precision=EXACT)
+  x = jnp.einsum("jw,biwc->bijc", columns, x, precision=EXACT)
+  return (x - 128) / 128 if method == "tf1" else x * (2 / 255) - 1
+
+
+def interpolation(length: int, size: int, method: str) -> np.ndarray:
+  """The matrix [size, length] of one axis's bilinear resize: each row holds the weights of two neighbours."""
+  scale = length / size
+  target = np.arange(size)
+  position = target * scale if method == "tf1" else np.maximum((target + 0.5) * scale - 0.5, 0)
+  below = np.minimum(np.floor(position).astype(int), length - 1)
+  above = np.minimum(below + 1, length - 1)
+  matrix = np.zeros((size, length))
+  matrix[target, below] += 1 - (position - below)
+  matrix[target, above] += position - below
+  return matrix.astype(np.float32)
+
+
+class Inception(nn.Module):
+  """Images [B, 299, 299, 3] in about [−1, 1] → the features, a dict as that of `features`."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+    x = Conv(32, 3, 2, "VALID", name="Conv2d_1a_3x3")(x)
+    x = Conv(32, 3, 1, "VALID", name="Conv2d_2a_3x3")(x)
+    x = Conv(64, 3, name="Conv2d_2b_3x3")(x)
+    x = nn.max_pool(x, (3, 3), (2, 2))
+    x = Conv(80, 1, name="Conv2d_3b_1x1")(x)
+    x = Conv(192, 3, 1, "VALID", name="Conv2d_4a_3x3")(x)
+    x = nn.max_pool(x, (3, 3), (2, 2))
+    x = BlockA(32, name="Mixed_5b")(x)
+    x = BlockA(64, name="Mixed_5c")(x)
+    x = BlockA(64, name="Mixed_5d")(x)
+    x = BlockB(name="Mixed_6a")(x)
+    x = BlockC(128, name="Mixed_6b")(x)
+    x = BlockC(160, name="Mixed_6c")(x)
+    x = BlockC(160, name="Mixed_6d")(x)
+    spatial = x[..., :SPATIAL_CHANNELS]
+    x = BlockC(192, name="Mixed_6e")(x)
+    x = BlockD(name="Mixed_7a")(x)
+    x = BlockE(_average, name="Mixed_7b")(x)
+    x = BlockE(_largest, name="Mixed_7c")(x)
+    pool = x.mean((1, 2))
+    logits = nn.Dense(CLASSES, use_bias=False, precision=EXACT, name="fc")(pool)
+    return {"pool": pool, "spatial": spatial, "logits_unbiased": logits}
+
+
+class Conv(nn.Module):
+  """A convolution with the batch norm that followed it, and relu."""
+
+  channels: int
+  size: int | tuple[int, int]
+  stride: int = 1
+  padding: str = "SAME"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    strides = (self.stride, self.stride)
+    size = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+    kernel = self.param("kernel", nn.initializers.he_normal(), (*size, x.shape[-1], self.channels))
+    bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+    order = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=order, precision=EXACT)
+    return nn.relu(x + bias)
+
+
+class BlockA(nn.Module):
+  """35×35: 1×1, 5×5 and twice 3×3 beside each other."""
+
+  pool_channels: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    one = Conv(64, 1, name="branch1x1")(x)
+    five = Conv(48, 1, name="branch5x5_1")(x)
+    five = Conv(64, 5, name="branch5x5_2")(five)
+    three = Conv(64, 1, name="branch3x3dbl_1")(x)
+    three = Conv(96, 3, name="branch3x3dbl_2")(three)
+    three = Conv(96, 3, name="branch3x3dbl_3")(three)
+    pool = Conv(self.pool_channels, 1, name="branch_pool")(_average(x))
+    return _join(one, five, three, pool)
+
+
+class BlockB(nn.Module):
+  """35×35 → 17×17."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    single = Conv(384, 3, 2, "VALID", name="branch3x3")(x)
+    double = Conv(64, 1, name="branch3x3dbl_1")(x)
+    double = Conv(96, 3, name="branch3x3dbl_2")(double)
+    double = Conv(96, 3, 2, "VALID", name="branch3x3dbl_3")(double)
+    return _join(single, double, nn.max_pool(x, (3, 3), (2, 2)))
+
+
+class BlockC(nn.Module):
+  """17×17: 7×7 as 1×7 and 7×1, once and twice."""
+
+  inner: int  # channels between the two
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    one = Conv(192, 1, name="branch1x1")(x)
+    single = Conv(self.inner, 1, name="branch7x7_1")(x)
+    single = Conv(self.inner, (1, 7), name="branch7x7_2")(single)
+    single = Conv(192, (7, 1), name="branch7x7_3")(single)
+    double = Conv(self.inner, 1, name="branch7x7dbl_1")(x)
+    double = Conv(self.inner, (7, 1), name="branch7x7dbl_2")(double)
+    double = Conv(self.inner, (1, 7), name="branch7x7dbl_3")(double)
+    double = Conv(self.inner, (7, 1), name="branch7x7dbl_4")(double)
+    double = Conv(192, (1, 7), name="branch7x7dbl_5")(double)
+    return _join(one, single, double, Conv(192, 1, name="branch_pool")(_average(x)))
+
+
+class BlockD(nn.Module):
+  """17×17 → 8×8."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    three = Conv(192, 1, name="branch3x3_1")(x)
+    three = Conv(320, 3, 2, "VALID", name="branch3x3_2")(three)
+    seven = Conv(192, 1, name="branch7x7x3_1")(x)
+    seven = Conv(192, (1, 7), name="branch7x7x3_2")(seven)
+    seven = Conv(192, (7, 1), name="branch7x7x3_3")(seven)
+    seven = Conv(192, 3, 2, "VALID", name="branch7x7x3_4")(seven)
+    return _join(three, seven, nn.max_pool(x, (3, 3), (2, 2)))
+
+
+class BlockE(nn.Module):
+  """8×8: 1×3 and 3×1 side by side."""
+
+  pool: Callable[[jax.Array], jax.Array]  # `_average` or `_largest`
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    one = Conv(320, 1, name="branch1x1")(x)
+    single = Conv(384, 1, name="branch3x3_1")(x)
+    single = _join(Conv(384, (1, 3), name="branch3x3_2a")(single), Conv(384, (3, 1), name="branch3x3_2b")(single))
+    double = Conv(448, 1, name="branch3x3dbl_1")(x)
+    double = Conv(384, 3, name="branch3x3dbl_2")(double)
+    double = _join(Conv(384, (1, 3), name="branch3x3dbl_3a")(double), Conv(384, (3, 1), name="branch3x3dbl_3b")(double))
+    return _join(one, single, double, Conv(192, 1, name="branch_pool")(self.pool(x)))
+
+
+def _average(x: jax.Array) -> jax.Array:
+  """The mean of each pixel's 3×3 neighbours that are in the image."""
+  counts_HxW = np.outer(*(np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3]))
+  return nn.pool(x, 0.0, jax.lax.add, (3, 3), (1, 1), "SAME") / counts_HxW.astype(np.float32)[..., None]
+
+
+def _largest(x: jax.Array) -> jax.Array:
+  return nn.max_pool(x, (3, 3), padding="SAME")
+
+
+def _join(*branches: jax.Array) -> jax.Array:
+  return jnp.concatenate(branches, axis=-1)
