@@ -40,6 +40,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
   depth, width, num_heads = SIZES[size]
   online = kind == "online"
   largest = size == "XL"
+  published = "published_xl2" if largest else "published_b2"  # the sampler of the paper's figures
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
 
@@ -64,7 +65,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     name="ema",  # which it is: "ema" or "mse" of Stable Diffusion's; recorded wherever its latents go
     sha256="",  # of its parameters, where they must be certain ones
     dtype="bfloat16" if online else "float32",  # of its convolutions; what is encoded once is encoded exactly
-    batch_size=32,  # images that it takes at a time; in a training step, all of its batch
+    batch_size=32,  # images that it takes at a time on each device; in a training step, all of its batch
   )
   if not online:
     config.prepare = config_dict.create(  # of the cache
@@ -130,25 +131,45 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
   config.sharding = config_dict.create(rules=())  # none: fsdp splits the largest axis of each parameter
 
   config.samplers = config_dict.create(  # one row of the evaluation each
-    gd=_row(),  # the paper's for B/2
-    nag=_row(rule="nag", step_size=0.0017, momentum=0.3, guidance=1.5),  # the paper's for XL/2
+    published_b2=_row(),  # what the paper's 32.85 is from: GD, no guidance
+    published_xl2=_row(rule="nag", step_size=0.0017, momentum=0.3, guidance=1.5),  # what its 1.90 is from
     adaptive=_row(threshold=10.0),
   )
   config.evaluation = config_dict.create(
-    samples=0,  # 0: none. The distance is that of latents, there is no Inception here yet
-    batch_size=256,  # samples in flight
+    samples=50_000,  # 0: none
+    batch_size=64,  # samples in flight on each device
+    unit=512,  # samples that a device draws as a whole; a killed evaluation goes on after the last
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
+    labels="random",  # "balanced": every class in turn; or "random"
+    rows=(published,),  # the samplers that are evaluated; (): all
+    # What samples are compared in: "raw", their own numbers (pixels, latents, points); "classifier", the features of a
+    # small network fitted to the real images; "inception", as everyone's FID is.
+    features=("inception",),
+    classifier=config_dict.create(steps=300),  # of its fit
+    inception=config_dict.create(
+      path="data/pt_inception-2015-12-05-6726825d.pth",  # the published weights (docs/evaluation.md)
+      resize="tf1",  # to 299×299: "tf1", as ADM's evaluator, or "half_pixel", as pytorch-fid
+      dtype="float32",  # the only one that is reported
+      reference="data/VIRTUAL_imagenet256_labeled.npz",  # statistics of the real images: ours, ADM's or pytorch-fid's,
+      batch_size=64,  # images that it takes at a time on each device
+    ),
+    npz=False,  # also write the images of each row, as ADM's evaluator reads them
+    during_training=config_dict.create(  # scores go to the metrics, the best checkpoint is kept
+      every=50_000,  # steps; 0: never
+      samples=5000,
+      sampler=published,  # one of the samplers
+    ),
     label_agreement=False,  # fit a classifier to the real images and ask it about the samples
     pictured="none",  # the sampler whose descent is drawn, or "none"
     timed=(),  # samplers whose speed is compared: drawn again in turn, the median time is reported
     repeats=3,  # how often
   )
   config.sample = config_dict.create(  # of --mode=sample
-    sampler="nag",  # one of the samplers
+    sampler=published,  # one of the samplers
     count=100,  # samples
     labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
-    batch_size=64,  # samples in flight
+    batch_size=64,  # samples in flight on each device
     seed=0,
     weights="ema",  # "ema" or "model"
     images=False,  # also one PNG a sample
@@ -159,7 +180,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     count=64,  # images
     sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
     labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
-    batch_size=64,  # samples in flight
+    batch_size=64,  # samples in flight on each device
     seed=0,
     weights="ema",  # "ema" or "model"
     denoise=config_dict.create(

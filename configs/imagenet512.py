@@ -28,8 +28,10 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     config.data.options.path = "data/imagenet512_latents"
   else:
     config.data.options.size = 512
-  config.autoencoder.batch_size = 8  # images that it takes at a time: a decoder's activations of one are 1 GB
+  config.autoencoder.batch_size = 8  # on each device: a decoder's activations of one image are 1 GB
   config.train.steps = 3_000_000
   config.samplers.adaptive.threshold = 20.0  # ‖f‖ grows with the root of the dimension: twice that of 256
-  config.sample.batch_size = 32  # samples in flight
+  # ADM's statistics of this size.
+  config.evaluation.inception.reference = "data/VIRTUAL_imagenet512.npz"
+  config.sample.batch_size = 32  # samples in flight on each device
   return config

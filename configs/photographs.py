@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     name="photographs",  # which it is, your word; recorded wherever its latents go
     sha256="",  # of its parameters, where they must be certain ones
     dtype="float32",  # of its convolutions: "float32" or "bfloat16"
-    batch_size=40 if smoke else 128,  # images that it takes at a time; in a training step, all of its batch
+    batch_size=40 if smoke else 128,  # images that it takes at a time on each device; in training, all of a batch
   )
   if not online:
     config.prepare = config_dict.create(  # of the cache
@@ -136,11 +136,31 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     adaptive=_row(threshold=10.0, **few),
   )
   config.evaluation = config_dict.create(
-    samples=40 if smoke else 0 if online else 500,  # 0: none; latents are compared with those of a cache
-    batch_size=40 if smoke else 200,  # samples in flight
+    samples=40 if smoke else 500,  # 0: none
+    batch_size=40 if smoke else 200,  # samples in flight on each device
+    unit=40 if smoke else 500,  # samples that a device draws as a whole; a killed evaluation goes on after the last
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
-    label_agreement=True,  # fit a classifier to the real images and ask it about the samples
+    labels="balanced",  # "balanced": every class in turn; or "random"
+    rows=(),  # the samplers that are evaluated; (): all
+    # What samples are compared in: "raw", their own numbers (pixels, latents, points); "classifier", the features of a
+    # small network fitted to the real images; "inception", as everyone's FID is.
+    features=("classifier",) if online else ("raw",) if smoke else ("raw", "classifier"),
+    classifier=config_dict.create(steps=150),  # of its fit
+    inception=config_dict.create(
+      path="data/pt_inception-2015-12-05-6726825d.pth",  # the published weights (docs/evaluation.md)
+      resize="tf1",  # to 299×299: "tf1", as ADM's evaluator, or "half_pixel", as pytorch-fid
+      dtype="float32",  # the only one that is reported
+      reference="",  # statistics of the real images, an .npz of ours, ADM or pytorch-fid; "": computed each time,
+      batch_size=64,  # images that it takes at a time on each device
+    ),
+    npz=False,  # also write the images of each row, as ADM's evaluator reads them
+    during_training=config_dict.create(  # scores go to the metrics, the best checkpoint is kept
+      every=0,  # steps; 0: never
+      samples=200,
+      sampler="adaptive",  # one of the samplers
+    ),
+    label_agreement=not online,  # fit a classifier to the real images and ask it about the samples
     pictured="adaptive",  # the sampler whose descent is drawn, or "none"
     timed=(),  # samplers whose speed is compared: drawn again in turn, the median time is reported
     repeats=3,  # how often
@@ -149,7 +169,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     sampler="adaptive",  # one of the samplers
     count=100,  # samples
     labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
-    batch_size=20 if smoke else 100,  # samples in flight
+    batch_size=20 if smoke else 100,  # samples in flight on each device
     seed=0,
     weights="ema",  # "ema" or "model"
     images=False,  # also one PNG a sample
@@ -160,7 +180,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     count=20 if smoke else 100,  # images
     sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
     labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
-    batch_size=20 if smoke else 100,  # samples in flight
+    batch_size=20 if smoke else 100,  # samples in flight on each device
     seed=0,
     weights="ema",  # "ema" or "model"
     denoise=config_dict.create(

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); file.py:variant chooses a variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, results.")
-MODES = ["prepare", "train", "evaluate", "sample", "denoise", "ood", "compose", "inpaint", "report", "benchmark"]
+MODES = "prepare train evaluate statistics sample denoise ood compose inpaint report benchmark".split()
 MODE = flags.DEFINE_enum(
   "mode", "train", MODES, "prepare: encode images. train: to the end, then evaluate. report: trains its own."
 )

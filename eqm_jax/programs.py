@@ -5,14 +5,15 @@ import os
 
 import ml_collections
 
+from eqm_jax import devices
 from eqm_jax.data import sources
-from eqm_jax.data.codec import check_same_autoencoder
+from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.samples import Source
-from eqm_jax.evaluation import evaluate, sample, samplers
+from eqm_jax.evaluation import comparison, evaluate, features, real, sample, samplers
 from eqm_jax.networks.dit import DiT
 from eqm_jax.report import report
 from eqm_jax.tasks import compose, denoise, inpaint, inputs, ood
-from eqm_jax.training import benchmark, checks, prepare, pretrained, sharding, state, train
+from eqm_jax.training import benchmark, checks, prepare, pretrained, quality, state, train
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: 
 
   Args:
     mode: "prepare" (encode images into a cache of latents), "train" (prepare, if that is to do, and
-      evaluate at the end), "evaluate", "sample", a task ("denoise", "ood",
+      evaluate at the end), "evaluate", "statistics" (of the real images, for it), "sample", a task ("denoise", "ood",
       "compose", "inpaint"), "report", or "benchmark" (of the data and the training step).
     config: of configs/.
     workdir: of the run.
@@ -36,6 +37,7 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: 
     "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,
+    "statistics": _statistics,
     "sample": _sample,
     "denoise": _denoise,
     "ood": _ood,
@@ -56,11 +58,14 @@ def _train(config, workdir, checkpoint):
   if "prepare" in config:
     prepare.prepare(config)
   codec = pretrained.open_codec(config.autoencoder)
-  if config.evaluation.samples:  # a mistake in the evaluation is told before the training
-    evaluate.check(config, DiT(**config.model), _source(config), _batching(config, config.evaluation))
-  finished = train.train(config, workdir, codec)
-  if finished and config.evaluation.samples:
-    _evaluate(config, workdir, None)
+  if not config.evaluation.samples:
+    train.train(config, workdir, codec)
+    return
+  quality.check(config)
+  batching = _batching(config, config.evaluation, codec)
+  known = _known(config, DiT(**config.model), batching)  # a mistake in the evaluation is told before the training
+  if train.train(config, workdir, codec, known, batching):
+    _write_evaluation(config, workdir, None, _load(config, workdir, None, config.evaluation.weights), known, batching)
 
 
 def _prepare(config, workdir, checkpoint):
@@ -72,18 +77,54 @@ def _prepare(config, workdir, checkpoint):
 
 
 def _evaluate(config, workdir, checkpoint):
-  model, source = _load(config, workdir, checkpoint, config.evaluation.weights), _source(config)
-  check_same_autoencoder("the model", model.autoencoder, source.autoencoder)
-  batching = _batching(config, config.evaluation, model)
+  features.check(config.evaluation)
+  model = _load(config, workdir, checkpoint, config.evaluation.weights)
+  batching = _batching(config, config.evaluation, _codec_of(config, model))
+  known = _known(config, model.model, batching, model.autoencoder)
+  _write_evaluation(config, workdir, checkpoint, model, known, batching)
+
+
+def _write_evaluation(config, workdir, checkpoint, model, known, batching):
   directory = os.path.join(workdir, "evaluation")
-  evaluate.evaluate(config, model.model, model.params, source, batching, directory)
+  origin = {"checkpoint": checkpoint or "of the workdir", "step": model.step}
+  evaluate.evaluate(config, model.model, model.params, known, batching, directory, origin)
   log.info("figures and pictures: %s", directory)
+
+
+def _known(config, model: DiT, batching, autoencoder=None) -> comparison.Comparison:
+  """The real data that samples are compared with, after what cannot be evaluated is refused."""
+  evaluate.check_options(config, model, batching)
+  samples, images = evaluate.needs(config)
+  source, images = _source(config) if samples else None, _images(config) if images else None
+  check_same_autoencoder("the model", autoencoder, source.autoencoder if source else None)
+  evaluate.check_data(config, model, source, images)
+  return comparison.Comparison(config.evaluation, source, images, config.data.threads)
+
+
+def _statistics(config, workdir, checkpoint):
+  options, path = config.evaluation, config.evaluation.inception.reference
+  if checkpoint:
+    raise ValueError(f"--checkpoint={checkpoint}: statistics are of the data set, not of a model")
+  if "inception" not in options.features or not path or os.path.exists(path):
+    raise ValueError(
+      f"evaluation.features = {tuple(options.features)} must name 'inception', and evaluation.inception.reference = "
+      f"{path!r} a file that is not there yet: the statistics are written to it"
+    )
+  features.check(options)
+  images = _images(config)
+  space = features.open_features("inception", options, None, False)
+  known = real.statistics(images, space, True, config.data.threads)
+  if devices.process()[0] == 0:
+    real.save(path, known)
+  log.info("statistics of %d images: %s", len(images), path)
 
 
 def _sample(config, workdir, checkpoint):
   model = _load(config, workdir, checkpoint, config.sample.weights)
   directory = os.path.join(workdir, "samples")
-  sample.sample(config, model.model, model.params, _batching(config, config.sample, model), directory)
+  sample.sample(
+    config, model.model, model.params, _batching(config, config.sample, _codec_of(config, model)), directory
+  )
   log.info("samples: %s", directory)
 
 
@@ -105,8 +146,8 @@ def _ood(config, workdir, checkpoint):
 
 def _compose(config, workdir, checkpoint):
   model = _load(config, workdir, checkpoint, config.tasks.weights)
-  options, batching = config.tasks.compose, _batching(config, config.tasks, model)
-  inputs.check_options(config.tasks, batching)
+  options, batching = config.tasks.compose, _batching(config, config.tasks, _codec_of(config, model))
+  inputs.check_options(config.tasks)
   compose.check(options, model.model)
   terms = []
   for path, label, weight in zip(options.checkpoints, options.labels, options.weights):
@@ -135,7 +176,7 @@ def _inpaint(config, workdir, checkpoint):
 def _report(config, workdir, checkpoint):
   if checkpoint:
     raise ValueError(f"--checkpoint={checkpoint}: a report trains its own models")
-  report.report(config, workdir, sharding.make_mesh(**config.mesh))
+  report.report(config, workdir)
 
 
 def _benchmark(config, workdir, checkpoint):
@@ -152,8 +193,8 @@ def _task(config, workdir, checkpoint, noisy=False):
   """(model, images, data set, batching) of a task."""
   model, source = _load(config, workdir, checkpoint, config.tasks.weights), _source(config)
   check_same_autoencoder("the model", model.autoencoder, source.autoencoder)
-  batching = _batching(config, config.tasks, model)
-  inputs.check_options(config.tasks, batching)
+  batching = _batching(config, config.tasks, _codec_of(config, model))
+  inputs.check_options(config.tasks)
   return model, inputs.open_inputs(config.tasks, source, model.model, noisy), source, batching
 
 
@@ -168,14 +209,30 @@ def _source(config) -> Source:
   return sources.open_source(config.data.source, {**config.data.options})
 
 
-def _batching(config, options, model: pretrained.Pretrained | None = None) -> samplers.Batching:
-  """With a model, of latents, also the decoder that belongs to it."""
-  codec = pretrained.open_codec(config.autoencoder) if model else None
+def _images(config) -> Source:
+  """The real images, of latents those that they were made of."""
+  if "prepare" in config:
+    return sources.open_source(config.prepare.source, {**config.prepare.options})
+  source = _source(config)
+  if source.autoencoder:
+    raise ValueError(
+      "evaluation.features: the data set has latents, not images: name 'raw', give evaluation.inception.reference, "
+      "or a section `prepare` that tells where the images are"
+    )
+  return source
+
+
+def _codec_of(config, model: pretrained.Pretrained) -> Codec | None:
+  """The decoder that belongs to a model of latents."""
+  codec = pretrained.open_codec(config.autoencoder)
   if codec:
     check_same_autoencoder("the model", model.autoencoder, codec.identity)
     codec.check_decodes(model.model.input_shape)
+  return codec
+
+
+def _batching(config, options, codec: Codec | None) -> samplers.Batching:
   return samplers.Batching(
-    mesh=sharding.make_mesh(**config.mesh),
     batch_size=options.batch_size,
     key=state.stream_key(options.seed, "samples"),
     multiplier=evaluate.schedule_of(config).multiplier,

@@ -22,9 +22,16 @@ ORDER = [
   "convert",
   "networks",
   "equilibrium",
+  "devices",
   "files",
 ]
-NEVER = {("networks", "equilibrium"), ("equilibrium", "files"), ("networks", "files")}
+NEVER = {
+  ("networks", "equilibrium"),
+  ("networks", "files"),
+  ("networks", "devices"),
+  ("equilibrium", "files"),
+  ("equilibrium", "devices"),
+}
 
 
 def imported_parts(path: pathlib.Path) -> set[str]:

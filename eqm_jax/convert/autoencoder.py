@@ -6,7 +6,6 @@ original code's (CompVis), on its own or inside a whole Stable Diffusion checkpo
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
+from eqm_jax.convert.fingerprint import fingerprint as fingerprint_of
 from eqm_jax.networks.autoencoder import Autoencoder, parameter_shapes
 
 CONFIG = "config.json"
@@ -81,11 +81,7 @@ def load(path: str, **overrides: Any) -> tuple[Autoencoder, dict[str, Any]]:
 
 def fingerprint(module: Autoencoder, params: Any) -> str:
   """SHA-256 of parameters and scaling: the same for the same latents, whatever file they came from."""
-  digest = hashlib.sha256(np.asarray(module.scaling_factor, "<f4").tobytes())
-  for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: jax.tree_util.keystr(item[0])):
-    digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
-  return digest.hexdigest()
+  return fingerprint_of(params, np.asarray(module.scaling_factor, "<f4").tobytes())
 
 
 def _published_attributes(path: epath.Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from eqm_jax import devices
 from eqm_jax.convert import autoencoder as convert
 from eqm_jax.networks.autoencoder import Autoencoder
 
@@ -21,15 +21,11 @@ class Codec:
   module: Autoencoder
   params: Any
   name: str  # "ema" or "mse" of Stable Diffusion's, or the user's own word
-  batch_size: int  # images at a time; what a large image needs is bounded by it
+  batch_size: int  # images at a time on each device; what a large image needs is bounded by it
 
   def __post_init__(self):
-    devices = jax.local_device_count()
-    if self.batch_size < 1 or self.batch_size % devices:
-      raise ValueError(
-        f"autoencoder.batch_size = {self.batch_size} does not divide over {devices} devices: "
-        f"use a multiple of {devices}"
-      )
+    if self.batch_size < 1:
+      raise ValueError(f"autoencoder.batch_size = {self.batch_size} must be at least 1")
 
   @functools.cached_property
   def identity(self) -> dict[str, Any]:
@@ -69,25 +65,11 @@ class Codec:
     return self._in_batches(_decode, latents)
 
   def _in_batches(self, function: Callable, array: np.ndarray) -> Any:
-    """Applied part by part; the last is filled up, so that one shape is compiled."""
-    parts = []
-    for first in range(0, len(array), self.batch_size):
-      part = array[first : first + self.batch_size]
-      filled = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
-      results = jax.device_get(function(self.module, self._placed, self._split(filled)))
-      parts.append(jax.tree.map(lambda leaf, count=len(part): leaf[:count], results))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-  @functools.cached_property
-  def _mesh(self) -> Mesh:
-    return Mesh(np.asarray(jax.local_devices()), ("data",))
+    return devices.in_batches(functools.partial(function, self.module, self._placed), array, self.batch_size)
 
   @functools.cached_property
   def _placed(self) -> Any:
-    return jax.device_put(self.params, NamedSharding(self._mesh, PartitionSpec()))
-
-  def _split(self, batch: np.ndarray) -> jax.Array:
-    return jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec("data")))
+    return devices.replicate(self.params)
 
 
 def encode_batch(module: Autoencoder, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

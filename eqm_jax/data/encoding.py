@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import numpy as np
 import tqdm
 from array_record.python import array_record_module
 
-from eqm_jax.data import latents
+from eqm_jax.data import latents, pipeline
 from eqm_jax.data.images import DamagedImage
 from eqm_jax.data.samples import Sample, Source
 from eqm_jax.files import read_json, write_json
@@ -127,7 +126,9 @@ def _write_shard(path, source, encode, settings, shard, batch_size, threads, ski
     with _disk_errors(partial):
       writer = array_record_module.ArrayRecordWriter(partial, "group_size:1,uncompressed")
     try:
-      for samples in _batches(source, _range(settings, shard), batch_size, threads):
+      for samples in pipeline.in_order(
+        _Guarded(source), _range(settings, shard), batch_size=batch_size, threads=threads
+      ):
         damaged = [sample["damaged"] for sample in samples if "damaged" in sample]
         if damaged and not skip_damaged:
           raise ValueError(f"{damaged[0]}. Mend it, or leave such images out with prepare.skip_damaged = True")
@@ -197,16 +198,6 @@ class _Guarded:
       return self._source[index]
     except DamagedImage as error:
       return {"damaged": str(error)}
-
-
-def _batches(source: Source, indices: range, batch_size: int, threads: int) -> Iterator[list[Sample]]:
-  """The samples in order, read ahead."""
-  data = grain.MapDataset.source(_Guarded(source))[indices.start : indices.stop]
-  samples = iter(
-    data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(batch_size, threads)))
-  )
-  for first in range(0, len(indices), batch_size):
-    yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
 
 
 def _range(settings: latents.Settings, shard: int) -> range:

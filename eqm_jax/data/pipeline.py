@@ -1,6 +1,6 @@
 """From a source to an endless stream of batches, with a position that can be saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import absl.flags
@@ -61,6 +61,15 @@ def batches(
   if place is not None:
     stream = grain.experimental.ThreadPrefetchIterDataset(stream.map(place), prefetch_buffer_size=2)
   return iter(stream)
+
+
+def in_order(source: Source, indices: Sequence[int], *, batch_size: int, threads: int) -> Iterator[list[Any]]:
+  """The samples `indices` of a data set, in this order, read ahead; `batch_size` at a time, at the end what is left."""
+  chosen = grain.MapDataset.range(len(indices)).map(lambda place: source[int(indices[place])])
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(batch_size, threads))
+  samples = iter(chosen.to_iter_dataset(options))
+  for first in range(0, len(indices), batch_size):
+    yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
 
 
 class _Reader:

@@ -47,9 +47,9 @@ class StreamState:
 
 @flax.struct.dataclass
 class Queue:
-  """The samples of one device. Those past `count` only fill up the shape."""
+  """The samples of one device. What comes after them only fills up the shape."""
 
-  index_n: jax.Array  # the sample's index among all, which fixes its random numbers
+  index_n: jax.Array  # the sample's index among all, which fixes its random numbers; negative: no sample
   label_n: Any
   threshold_n: jax.Array
 
@@ -71,7 +71,7 @@ def descend_stream(
   temperature: float = 0.0,
   max_restarts: int = 0,
   mesh: Mesh | None = None,
-  first_index: int = 0,
+  index_N: np.ndarray | None = None,
   dtype: Any = jnp.float32,
 ) -> StreamResult:
   """Draws one sample per label, from start noise that depends on (key, sample index) alone.
@@ -88,8 +88,9 @@ def descend_stream(
     slots: samples in flight, over all devices; at most N. N ≥ 8·slots keeps the
       hardware busy.
     threshold: one number, or one per sample [N].
-    mesh: splits slots and samples over all its devices; weights are replicated.
-    first_index: the index of the first sample, to draw a long series part by part.
+    mesh: splits slots and samples over all its devices, the first ones to the first; weights are replicated.
+    index_N: int [N], the samples' indices, to draw a long series part by part; None: 0, 1, .... Negative ones are
+      no samples and cost nothing: they fill up the queues of devices, where they come last, and leave zeros.
     dtype: of the samples, float32 or float64.
 
   The other arguments are those of `descend`.
@@ -117,40 +118,38 @@ def descend_stream(
     example=jax.ShapeDtypeStruct(tuple(shape), dtype),
   )  # fmt: skip
 
-  # Device d gets the samples d, d + D, d + 2D, ...: equal counts, and no device all of one label.
-  per_device = -(-N // devices)
-  index_DxN = np.arange(per_device * devices).reshape(per_device, devices).T
-  order = np.minimum(index_DxN.reshape(-1), N - 1)
+  filled_N = np.full(-(-N // devices) * devices, -1, np.int32)  # queues of one length
+  filled_N[:N] = np.arange(N) if index_N is None else index_N
+  order = np.minimum(np.arange(len(filled_N)), N - 1)
   queue = Queue(
-    index_n=jnp.asarray(first_index + index_DxN.reshape(-1), jnp.int32),
+    index_n=jnp.asarray(filled_N),
     label_n=jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], labels_N),
     threshold_n=threshold_N[order],
   )
   field_fn = as_pytree(field_fn)
   if mesh:
     field_fn = jax.device_put(field_fn, NamedSharding(mesh, PartitionSpec()))
-  output, hardware_evaluations = _stream(field_fn, queue, policy, first_index + N, slots // devices, tuple(shape), mesh)
-  if devices > 1:
-    back_N = index_DxN.reshape(-1).argsort()[:N]
-    output = jax.tree.map(lambda leaf: leaf[back_N], output)
+  output, hardware_evaluations = _stream(field_fn, queue, policy, slots // devices, tuple(shape), mesh)
+  if len(filled_N) > N:
+    output = jax.tree.map(lambda leaf: leaf[:N], output)
   fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
   return StreamResult(**fields, hardware_evaluations=hardware_evaluations.sum())
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "shape", "mesh"))
-def _stream(field_fn, queue, policy, total, slots, shape, mesh):
+def _stream(field_fn, queue, policy, slots, shape, mesh):
   run = functools.partial(_run_queue, slots=slots, shape=shape)
   if mesh:
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     # Queues differ in length: the loops of the devices take different numbers of turns.
-    run = jax.shard_map(run, mesh=mesh, in_specs=(whole, split, whole, whole), out_specs=split, check_vma=False)
-  return run(field_fn, queue, policy, total)
+    run = jax.shard_map(run, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, check_vma=False)
+  return run(field_fn, queue, policy)
 
 
-def _run_queue(field_fn, queue: Queue, policy: sampler.Policy, total, *, slots: int, shape: tuple[int, ...]):
+def _run_queue(field_fn, queue: Queue, policy: sampler.Policy, *, slots: int, shape: tuple[int, ...]):
   """All samples of one device: → their results [n], and the evaluations done [1]."""
   n = len(queue.index_n)
-  count = jnp.sum(queue.index_n < total)
+  count = jnp.sum(queue.index_n >= 0)
   dtype = policy.settings.momentum.dtype
 
   def take(place_S):

@@ -1,14 +1,16 @@
-"""Evaluates one model: sample → distances → files.
+"""Evaluates one model: sample → features → distances → files.
 
-Writes into the output directory `evaluation.json`, the same as a table in
+Writes into the output directory `evaluation.json`, the same as tables in
 `evaluation.md`, and for people: a grid of samples per sampler, how many evaluations
 the samples of adaptive ones used, and the way of some samples; for points of the plane the
-samples over the data, and the landscape.
+samples over the data, and the landscape. While it works, `units/` has what is done.
 """
 
+import dataclasses
 import importlib.metadata
 import logging
 import os
+import platform
 from typing import Any
 
 import jax
@@ -16,44 +18,90 @@ import ml_collections
 import numpy as np
 
 import eqm_jax
+from eqm_jax import devices
+from eqm_jax.convert.fingerprint import fingerprint
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import objective, sampler
-from eqm_jax.evaluation import agreement, distances, paths, pictures, plane, samplers
+from eqm_jax.evaluation import comparison, features, paths, pictures, plane, samplers, tables
+from eqm_jax.evaluation.parts import Parts
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 
 STATUS_NAMES = {sampler.CONVERGED: "converged", sampler.BUDGET: "budget", sampler.DIVERGED: "diverged"}
-
-MANY = 50_000  # real samples that stand for a whole data set, where it is larger
+UNITS = "units"  # below the output directory
+TOLD = ("frechet", "inception_score", "precision", "recall")  # of the scores, in the log
 
 log = logging.getLogger(__name__)
 
 
-def check(config: ml_collections.ConfigDict, model: DiT, source: Source, batching: samplers.Batching):
-  """Refuses, before anything is trained or sampled, what could not be evaluated.
+def check_options(config: ml_collections.ConfigDict, model: DiT, batching: samplers.Batching):
+  """Refuses, before anything is read, trained or sampled, settings that cannot be.
 
   Raises:
     ValueError: naming the key and the value.
   """
   options = config.evaluation
-  if model.input_shape != source.shape or model.num_classes != source.num_classes:
-    raise ValueError(
-      f"the model makes {model.input_shape} of {model.num_classes} classes, but {config.data.source!r} has "
-      f"{source.shape} of {source.num_classes}: they cannot be compared. A model of latents is evaluated against a "
-      "cache of them (data.source = 'latents')"
-    )
+  features.check(options)
+  of_images = [name for name in options.features if name in features.OF_IMAGES]
+  if of_images and model.input_shape == plane.SHAPE:
+    raise ValueError(f"evaluation.features: {of_images[0]!r} looks at images, but the samples are points: use 'raw'")
   if options.samples < 2:
     raise ValueError(f"evaluation.samples = {options.samples}: a distance needs at least 2 samples")
-  if options.repeats < 1 or not set(options.timed) <= set(config.samplers):
+  if options.unit < 1:
+    raise ValueError(f"evaluation.unit = {options.unit} must be at least 1")
+  if options.labels not in samplers.LABELS:
+    raise ValueError(f"evaluation.labels = {options.labels!r} is not one of {', '.join(samplers.LABELS)}")
+  if options.npz and model.input_shape == plane.SHAPE:
+    raise ValueError("evaluation.npz = True: the samples are points, not images")
+  if options.repeats < 1 or not set(options.timed) <= set(rows_of(config)):
     raise ValueError(
       f"evaluation.repeats = {options.repeats} must be at least 1, and evaluation.timed = {options.timed} "
-      f"some of the samplers: {', '.join(config.samplers)}"
+      f"some of the samplers that are evaluated: {', '.join(rows_of(config))}"
     )
   if options.weights not in ("ema", "model"):
     raise ValueError(f"evaluation.weights = {options.weights!r} is neither 'ema' nor 'model'")
-  for name, row in config.samplers.items():
-    samplers.check(name, row, model, batching)
+  for name in rows_of(config):
+    if name not in config.samplers:
+      raise ValueError(f"evaluation.rows: {name!r} is not one of the samplers: {', '.join(config.samplers)}")
+    samplers.check(name, config.samplers[name], model, batching)
   check_pictured("evaluation.pictured", options.pictured, config.samplers)
+
+
+def check_data(config: ml_collections.ConfigDict, model: DiT, source: Source | None, images: Source | None):
+  """Refuses real data that the samples of a model cannot be compared with.
+
+  Args:
+    config: the whole config.
+    model: what is sampled.
+    source, images: the real samples, and the real images, where `needs` asks for them.
+
+  Raises:
+    ValueError: naming both.
+  """
+  if source is not None and (model.input_shape != source.shape or model.num_classes != source.num_classes):
+    raise ValueError(
+      f"the model makes {model.input_shape} of {model.num_classes} classes, but {config.data.source!r} has "
+      f"{source.shape} of {source.num_classes}: they cannot be compared. A model of latents is evaluated against a "
+      "cache of them (data.source = 'latents'), or in features of images (evaluation.features)"
+    )
+  if "inception" in config.evaluation.features and images is not None and images.shape[2] != 3:
+    raise ValueError(
+      f"evaluation.features: 'inception' takes RGB images, but these have {images.shape[2]} channel: use 'classifier'"
+    )
+
+
+def rows_of(config: ml_collections.ConfigDict) -> list[str]:
+  """The samplers that are evaluated."""
+  return list(config.evaluation.rows or config.samplers)
+
+
+def needs(config: ml_collections.ConfigDict) -> tuple[bool, bool]:
+  """Whether real samples, and whether real images, are needed: ADM's statistics make both needless."""
+  options = config.evaluation
+  return (
+    "raw" in options.features or options.label_agreement or config.model.channels * config.model.input_size == 2,
+    "classifier" in options.features or ("inception" in options.features and not options.inception.reference),
+  )
 
 
 def check_pictured(key: str, name: str, rows: ml_collections.ConfigDict):
@@ -70,113 +118,101 @@ def evaluate(
   config: ml_collections.ConfigDict,
   model: DiT,
   params: Any,
-  source: Source,
+  known: comparison.Comparison,
   batching: samplers.Batching,
   directory: str,
-) -> dict[str, Any]:
-  """Samples with every sampler of the config and compares with the real data.
+  origin: dict[str, Any],
+) -> dict[str, Any] | None:
+  """Samples with every row of the config and compares with the real data.
+
+  A killed evaluation goes on where it was. In a run of several processes each draws a share of the samples, and the
+  first compares.
 
   Args:
     config: the whole config; `samplers` and `evaluation` are read.
-    model, params: what to sample.
-    source: the real data.
-    batching: mesh, batch size, key and λ.
+    model, params: what to sample; `check` has passed.
+    known: the real data.
+    batching: batch size, key and λ.
     directory: where the files go; made if it is not there.
+    origin: of the weights, for the report.
 
   Returns:
-    What `evaluation.json` holds.
+    What `evaluation.json` holds; None in all processes but the first.
 
   Raises:
-    ValueError: before sampling, if the config does not fit.
+    ValueError: if the samples are not finite or all the same.
   """
-  options = config.evaluation
-  check(config, model, source, batching)
+  options, in_plane = config.evaluation, model.input_shape == plane.SHAPE
   os.makedirs(directory, exist_ok=True)
-
-  # ---------------------------------------------------------------- the real data, and what it can tell
-  in_plane, in_pixels = source.shape == plane.SHAPE, is_pixels(source)
-  chosen = np.linspace(0, len(source) - 1, min(MANY, len(source))).astype(int)
-  real = np.stack([real_sample(source[int(i)]) for i in chosen])
-  classifier = agreement.Classifier(real, source.labels[chosen]) if options.label_agreement else None
-  label_N = samplers.balanced_labels(options.samples, model.num_classes)
+  label_N = samplers.LABELS[options.labels](options.samples, model.num_classes, options.seed)
   report = {
     "samples": options.samples,
-    "labels": "balanced",
+    "labels": options.labels,
     "seed": options.seed,
-    "weights": options.weights,
-    "space": "plane" if in_plane else "pixels, clipped to [-1, 1]" if in_pixels else "latents",
-    "autoencoder": source.autoencoder,
-    "real": {"images": len(real), "frechet_between_halves": _between_halves(real)},
-    "versions": {"eqm_jax": eqm_jax.__version__}
-    | {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")},
+    "weights": {**origin, "kind": options.weights, "sha256": fingerprint(params)},
+    "precision": {"network": model.dtype, "sampler": "float32", "features": "float32", "distances": "float64"},
+    "autoencoder": batching.autoencoder or None,
+    "features": known.describe(),
+    "versions": {"eqm_jax": eqm_jax.__version__, "python": platform.python_version()}
+    | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
     "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
     "batch_size": batching.batch_size,
+    "unit": options.unit,
     "rows": {},
   }
-  if classifier:
-    report["real"] |= {"classifier": classifier.name, "classifier_accuracy": classifier.held_out_accuracy}
+
+  # ---------------------------------------------------------------- samples: every process draws its share
+  series = {}
+  for name in rows_of(config):
+    row = config.samplers[name]
+    series[name] = known.draw(name, row, model, params, label_N, batching, os.path.join(directory, UNITS))
+  devices.wait_for_all("the samples are drawn")
+  if devices.process()[0] != 0:
+    return None
 
   # ---------------------------------------------------------------- one row for each sampler
-  seconds = {}
-  for name, row in config.samplers.items():
-    drawn = samplers.draw(name, row, model, params, label_N, batching)
-    seconds[name] = [drawn.seconds]
-    images = np.clip(drawn.result.x, -1, 1) if in_pixels else drawn.result.x
-    scores = {"frechet": distances.frechet_distance(_flat(images), _flat(real))}
+  for name, parts in series.items():
+    row, result = config.samplers[name], Counted.of(parts)
+    samplers.warn(name, row, result)
+    try:
+      found = {"scores": known.scores(parts)}
+    except ValueError as error:
+      raise ValueError(f"samplers.{name}: {error}") from error
     if in_plane:
-      scores |= plane.distances(images, real)
-    if classifier:
-      scores["label_agreement"] = classifier.agreement(images, label_N)
-    report["rows"][name] = {**row.to_dict(), **scores, **_counts(drawn)}
-    text = "  ".join(f"{score} {value:.3f}" for score, value in scores.items())
-    log.info("%s  %s  evaluations %.1f  %.1f s", name, text, drawn.result.evaluations_B.mean(), drawn.seconds)
-    shown = plane.scatter(images, real) if in_plane else pictures.grid(batching.pixels(images[:100]), 10)
-    shown.save(os.path.join(directory, f"samples_{name}.png"))
-    if row.threshold > 0:
-      title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
-      histogram = pictures.evaluations_histogram(drawn.result.evaluations_B, row.max_evaluations, title)
-      histogram.save(os.path.join(directory, f"evaluations_{name}.png"))
-  # In turn, so that what disturbs the machine for a while disturbs every sampler.
+      found |= plane.distances(parts.array("raw.pool").reshape(-1, *plane.SHAPE), known.real_N)
+    if options.label_agreement:
+      found["label_agreement"] = known.label_agreement(parts, label_N)
+    eta = {"eta": samplers.step_size_of(row, batching)} if samplers.is_descent(row) else {}
+    report["rows"][name] = {**row.to_dict(), **eta, **found, **_counts(result)}
+    report["rows"][name]["seconds"] = float(result.seconds.sum())
+    _log_row(name, report["rows"][name])
+    _draw_row(name, row, parts, result, in_plane, known, directory)
+    if options.npz:
+      parts.write_images(os.path.join(directory, f"{name}.npz"), label_N)
+
+  # ---------------------------------------------------------------- speed, in turn: what disturbs one disturbs all
+  seconds = {name: [report["rows"][name]["seconds"]] for name in options.timed if name in series}
   for _ in range(options.repeats - 1):
-    for name in options.timed:
+    for name in seconds:
       drawn = samplers.draw(name, config.samplers[name], model, params, label_N, batching)
       seconds[name].append(drawn.seconds)
   for name, row in report["rows"].items():
-    row["seconds"] = float(np.median(seconds[name]))
+    row["seconds"] = float(np.median(seconds.get(name, row["seconds"])))
     row["images_per_second"] = options.samples / row["seconds"]
 
   # ---------------------------------------------------------------- the way of one sample per class
   if options.pictured != "none" and in_plane:
-    plane.draw(config.samplers[options.pictured], model, params, real, schedule_of(config), batching, directory)
+    row = config.samplers[options.pictured]
+    plane.draw(row, model, params, known.real_N, schedule_of(config), batching, directory)
   elif options.pictured != "none":
     few = samplers.balanced_labels(min(max(1, model.num_classes), 10), model.num_classes)
     paths.draw(config.samplers[options.pictured], model, params, few, batching, directory)
   write_json(os.path.join(directory, "evaluation.json"), report)
   with open(os.path.join(directory, "evaluation.md"), "w", encoding="utf-8") as file:
-    file.write(table(report))
+    file.write(tables.markdown(report))
+  for parts in series.values():
+    parts.remove()
   return report
-
-
-def table(report: dict[str, Any]) -> str:
-  """The rows of a report as a Markdown table."""
-  lines = [
-    "| sampler | rule | η | Fréchet | label agreement | evaluations (10 % – 90 %) | hardware | seconds | images/s |",
-    "|---|---|---|---|---|---|---|---|---|",
-  ]
-  in_plane = any("to_data" in row for row in report["rows"].values())
-  if in_plane:
-    lines = [line + extra for line, extra in zip(lines, (" to data | from data |", "---|---|"))]
-  for name, row in report["rows"].items():
-    count = row["evaluations"]
-    step = f"{row['step_size']:g}" if row["step_size"] else "auto"
-    agrees = f"{row['label_agreement']:.3f}" if "label_agreement" in row else "–"
-    lines.append(
-      f"| {name} | {row['rule']} | {step} | {row['frechet']:.3f} | {agrees} "
-      f"| {count['mean']:.1f} ({count['q10']:.0f} – {count['q90']:.0f}) | {row['hardware_ratio']:.2f} "
-      f"| {row['seconds']:.1f} | {row['images_per_second']:.0f} |"
-      + (f" {row['to_data']:.3f} | {row['from_data']:.3f} |" if in_plane else "")
-    )
-  return "\n".join(lines) + "\n"
 
 
 def schedule_of(config: ml_collections.ConfigDict) -> objective.Schedule:
@@ -186,38 +222,52 @@ def schedule_of(config: ml_collections.ConfigDict) -> objective.Schedule:
   return objective.Schedule("constant", multiplier=1.0)
 
 
-def is_pixels(source: Source) -> bool:
-  """Whether samples are pictures in [−1, 1]: not latents, and not points of the plane."""
-  return "image" in source[0] and source.shape != plane.SHAPE
+@dataclasses.dataclass(frozen=True)
+class Counted:
+  """What a series of samples took, [N] each; seconds and hardware evaluations of each unit."""
+
+  evaluations_B: np.ndarray
+  status_B: np.ndarray
+  restarts_B: np.ndarray
+  seconds: np.ndarray
+  hardware: np.ndarray
+
+  @classmethod
+  def of(cls, parts: Parts) -> "Counted":
+    return cls(*(parts.array(name) for name in ("evaluations", "status", "restarts", "seconds", "hardware")))
 
 
-def real_sample(sample: dict[str, np.ndarray]) -> np.ndarray:
-  """The image, or the mean of its latent (of the unmirrored side)."""
-  if "image" in sample:
-    return sample["image"]
-  return sample["mean"] if sample["mean"].ndim == 3 else sample["mean"][0]
-
-
-def _counts(drawn: samplers.Drawn) -> dict[str, Any]:
+def _counts(result: Counted) -> dict[str, Any]:
   """What the samples took: the field's calls, and how many of the hardware's were for them."""
-  evaluations = drawn.result.evaluations_B
+  evaluations = result.evaluations_B
   quantiles = {f"q{percent}": float(np.percentile(evaluations, percent)) for percent in (0, 10, 50, 90, 100)}
+  hardware = round(float(result.hardware.sum()))
   return {
     "evaluations": {"mean": float(evaluations.mean()), **quantiles},
-    "hardware_evaluations": drawn.hardware_evaluations,
-    "hardware_ratio": drawn.hardware_evaluations / float(evaluations.sum()),
-    "restarts": int(drawn.result.restarts_B.sum()),
-    "status": {text: int(np.sum(drawn.result.status_B == code)) for code, text in STATUS_NAMES.items()},
+    "hardware_evaluations": hardware,
+    "hardware_ratio": hardware / float(evaluations.sum()),
+    "restarts": int(result.restarts_B.sum()),
+    "status": {text: int(np.sum(result.status_B == code)) for code, text in STATUS_NAMES.items()},
   }
 
 
-def _between_halves(real: np.ndarray, repeats: int = 10) -> float:
-  """The Fréchet distance of random halves of the real data, on average: what "equal" looks like."""
-  rng = np.random.default_rng(0)
-  orders = [rng.permutation(len(real)) for _ in range(repeats)]
-  halves = [np.array_split(_flat(real)[order], 2) for order in orders]
-  return float(np.mean([distances.frechet_distance(a, b) for a, b in halves]))
+def _log_row(name: str, row: dict[str, Any]):
+  told = {
+    f"{space} {score}": found[score] for space, found in row["scores"].items() for score in TOLD if score in found
+  }
+  told |= {score: row[score] for score in ("label_agreement", "to_data", "from_data") if score in row}
+  text = "  ".join(f"{score} {value:.3f}" for score, value in told.items())
+  log.info("%s  %s  evaluations %.1f  %.1f s", name, text, row["evaluations"]["mean"], row["seconds"])
 
 
-def _flat(images: np.ndarray) -> np.ndarray:
-  return images.reshape(len(images), -1)
+def _draw_row(name, row, parts: Parts, result: Counted, in_plane: bool, known: comparison.Comparison, directory: str):
+  """The pictures of a row."""
+  if in_plane:
+    shown = plane.scatter(parts.array("raw.pool").reshape(-1, *plane.SHAPE), known.real_N)
+  else:
+    shown = pictures.grid(parts.array("shown"), 10)
+  shown.save(os.path.join(directory, f"samples_{name}.png"))
+  if row.threshold > 0:
+    title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
+    histogram = pictures.evaluations_histogram(result.evaluations_B, row.max_evaluations, title)
+    histogram.save(os.path.join(directory, f"evaluations_{name}.png"))

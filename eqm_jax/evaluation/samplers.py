@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from eqm_jax import devices
 from eqm_jax.equilibrium import field, integrators, rules, sampler, streaming
 from eqm_jax.equilibrium.labels import checked_labels
 from eqm_jax.networks.dit import DiT
@@ -24,10 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-  """What sampling needs besides a row."""
+  """What sampling needs besides a row. Samples are split over all devices of this process."""
 
-  mesh: Mesh  # samples are split over its data and fsdp axes, a stream over all
-  batch_size: int  # samples in flight
+  batch_size: int  # samples in flight on each device
   key: jax.Array  # sample i's random numbers depend on (key, i) alone
   multiplier: float  # λ of the field
   decode: Callable[[np.ndarray], np.ndarray] | None = None  # latents → images (uint8), where samples are latents
@@ -35,20 +35,16 @@ class Batching:
 
   @property
   def ways(self) -> int:
-    """Over how many devices a batch is split."""
-    return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    """Over how many devices samples are split."""
+    return jax.local_device_count()
 
   def pixels(self, x: np.ndarray) -> np.ndarray:
     """What is shown of samples [N, H, W, C]: latents decoded, where there is a decoder."""
     return self.decode(np.asarray(x)) if self.decode else x
 
   def place(self, tree: Any) -> Any:
-    """Arrays [B, ...] on the mesh, split over their first axis."""
-    return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(("data", "fsdp"))))
-
-  def replicate(self, tree: Any) -> Any:
-    """Arrays on the mesh, whole on every device."""
-    return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+    """Arrays [B, ...] on the devices, split over their first axis."""
+    return jax.device_put(tree, NamedSharding(devices.local_mesh(), PartitionSpec("data")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +53,7 @@ class Drawn:
 
   result: sampler.Result
   seconds: float  # compilation left out
-  hardware_evaluations: int  # samples that passed through the network, idle ones included
+  hardware_evaluations: float  # samples that passed through the network, idle ones included
 
 
 def is_descent(row: ml_collections.ConfigDict) -> bool:
@@ -79,11 +75,8 @@ def check(name: str, row: ml_collections.ConfigDict, model: DiT, batching: Batch
       f"samplers.{name}.rule = {row.rule!r} descends a field without time, but this model is told the time: "
       f"choose one of {', '.join(integrators.SOLVERS)}, or set evaluation.samples = 0"
     )
-  ways = batching.mesh.size if row.streaming else batching.ways
-  if batching.batch_size < 1 or batching.batch_size % ways:
-    raise ValueError(
-      f"batch_size = {batching.batch_size} does not divide over {ways} devices: use a multiple of {ways}"
-    )
+  if batching.batch_size < 1:
+    raise ValueError(f"batch_size = {batching.batch_size} must be at least 1")
   try:
     field.conditional_field(model, {}, **guidance_of(row))
     if is_descent(row):
@@ -100,35 +93,84 @@ def draw(
   name: str, row: ml_collections.ConfigDict, model: DiT, params: Any, label_N: np.ndarray, batching: Batching
 ) -> Drawn:
   """Draws one sample per label, with a progress bar."""
-  checked_labels(label_N, model.num_classes)
-  params = batching.replicate(params)
-  field_fn = field.conditional_field(model, params, **guidance_of(row))
-  streams = is_descent(row) and row.streaming
-  if streams:
-    part, size = _stream_part, batching.batch_size * STREAM_LENGTH
-  else:
-    part, size = _descend_part if is_descent(row) else _integrate_part, batching.batch_size
-  parts = [np.arange(first, min(first + size, len(label_N))) for first in range(0, len(label_N), size)]
+  size = batching.batch_size
+  if is_descent(row) and row.streaming:
+    size = min(size * STREAM_LENGTH, -(-len(label_N) // batching.ways))
+  units = draw_units(name, row, model, params, label_N, batching, size, range(-(-len(label_N) // size)))
+  drawn = joined(unit for _, unit in units)
+  warn(name, row, drawn.result)
+  return drawn
 
-  def run(index_B: np.ndarray, **changes) -> tuple[sampler.Result, int]:
+
+def draw_units(
+  name: str,
+  row: ml_collections.ConfigDict,
+  model: DiT,
+  params: Any,
+  label_N: np.ndarray,
+  batching: Batching,
+  size: int,
+  numbers: Sequence[int],
+) -> Iterator[tuple[int, Drawn]]:
+  """Draws some units of a series of samples, with a progress bar.
+
+  Unit u holds the samples u·size to (u + 1)·size − 1, the last one what is left. One device draws a whole unit, in
+  a program whose shapes depend on `size` and the batch size alone: the bits of a sample do not
+  depend on how many devices there are, and not on which units are drawn together.
+
+  Args:
+    name: what the bar says.
+    row, model, params: what is drawn from.
+    label_N: of the whole series.
+    batching: how.
+    size: samples in a unit.
+    numbers: the units wanted.
+
+  Yields:
+    The number of a unit, and what was drawn. Units that were drawn at the same time share the time.
+  """
+  checked_labels(label_N, model.num_classes)
+  field_fn = field.conditional_field(model, devices.replicate(params), **guidance_of(row))
+  streams = is_descent(row) and row.streaming
+  part = _stream_round if streams else _lockstep_round
+
+  def run(index_DxU: np.ndarray, **changes) -> tuple[sampler.Result, int]:
     changed = row.copy_and_resolve_references()
     changed.update(changes)
-    return jax.device_get(part(changed, model, field_fn, label_N[index_B], index_B, batching))
+    return part(changed, model, field_fn, label_N, index_DxU, batching)
 
-  # Streams compile for each length; other parts are filled up to one.
-  for index_B in {len(index_B) if streams else size: index_B for index_B in parts}.values():
-    run(index_B, **_shortest(row))
-  begin, done, evaluations, results = time.monotonic(), 0, 0, []
-  with tqdm.tqdm(total=len(label_N), desc=name, unit="image", disable=None) as bar:
-    for index_B in parts:
-      results.append(run(index_B))
-      done, evaluations = done + len(index_B), evaluations + int(results[-1][0].evaluations_B.sum())
+  ways = batching.ways
+  rounds = [numbers[i : i + ways] for i in range(0, len(numbers), ways)]
+  if rounds:  # compiles: all rounds have one shape
+    shortest = _round(rounds[0], size, len(label_N), ways)[:, : None if streams else batching.batch_size]
+    run(shortest, **({"max_evaluations": 1, "min_evaluations": 0} if is_descent(row) else {}))
+  total = sum(len(label_N[number * size : (number + 1) * size]) for number in numbers)
+  evaluations, done = 0, 0
+  with tqdm.tqdm(total=total, desc=name, unit="image", disable=None) as bar:
+    for together in rounds:
+      index_DxU = _round(together, size, len(label_N), ways)
+      present_D = [int(present) for present in np.sum(index_DxU >= 0, axis=1)]
+      begin = time.monotonic()
+      result_DxU, hardware = run(index_DxU)
+      seconds = time.monotonic() - begin
+      units = []
+      for device, number in enumerate(together):
+        count = present_D[device]
+        own = jax.tree.map(lambda leaf, d=device, n=count: leaf[d, :n], result_DxU)
+        share = count / sum(present_D)
+        units.append((number, Drawn(own, seconds * share, hardware * share)))
+      done += sum(present_D)
+      evaluations += sum(drawn.result.evaluations_B.sum() for _, drawn in units)
       bar.set_postfix(evaluations=f"{evaluations / done:.0f}", refresh=False)
-      bar.update(len(index_B))
-  seconds = time.monotonic() - begin
-  result = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(result for result, _ in results))
-  _warn(name, row, result)
-  return Drawn(result, seconds, int(sum(hardware for _, hardware in results)))
+      bar.update(sum(present_D))
+      yield from units
+
+
+def joined(parts: Iterator[Drawn]) -> Drawn:
+  """Units in their order as one series."""
+  parts = list(parts)
+  result = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part.result for part in parts))
+  return Drawn(result, sum(part.seconds for part in parts), sum(part.hardware_evaluations for part in parts))
 
 
 def descend_row(
@@ -156,7 +198,7 @@ def in_batches(name: str, function: Callable, count: int, batching: Batching) ->
   Returns:
     The tree, as numpy arrays [count, ...].
   """
-  size, parts = min(batching.batch_size, count + -count % batching.ways), []
+  size, parts = min(batching.batch_size * batching.ways, count + -count % batching.ways), []
   with tqdm.tqdm(total=count, desc=name, unit="image", disable=None) as bar:
     for first in range(0, count, size):
       index = np.arange(first, min(first + size, count))
@@ -166,52 +208,57 @@ def in_batches(name: str, function: Callable, count: int, batching: Batching) ->
   return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def _stream_part(row, model, field_fn, label_B, index_B, batching: Batching):
-  slots = min(batching.batch_size, len(label_B))
-  slots -= slots % batching.mesh.size
-  if not slots:  # fewer samples than devices
-    return _descend_part(row, model, field_fn, label_B, index_B, batching)
+def _round(numbers: Sequence[int], size: int, count: int, ways: int) -> np.ndarray:
+  """The samples that the devices draw at one time, [D, U], −1 where there is none."""
+  index_DxU = np.full((ways, size), -1, np.int32)
+  for device, number in enumerate(numbers):
+    index = np.arange(number * size, min((number + 1) * size, count))
+    index_DxU[device, : len(index)] = index
+  return index_DxU
+
+
+def _stream_round(row, model, field_fn, label_N, index_DxU: np.ndarray, batching: Batching):
+  """One queue on each device; → a `Result` of arrays [D, U, ...], and the evaluations that the hardware did."""
   result = streaming.descend_stream(
     field_fn,
-    jnp.asarray(label_B),
+    jnp.asarray(label_N[np.maximum(index_DxU, 0).reshape(-1)]),
     shape=model.input_shape,
-    slots=slots,
+    slots=min(batching.batch_size, index_DxU.shape[1]) * batching.ways,
     threshold=row.threshold,
-    mesh=batching.mesh,
-    first_index=int(index_B[0]),
+    mesh=devices.local_mesh(),
+    index_N=index_DxU.reshape(-1),
     **_settings(row, batching),
     **_numbers(row),
   )
   plain = sampler.Result(result.x, result.evaluations_B, result.norm_B, result.status_B, result.restarts_B)
-  return plain, result.hardware_evaluations
+  plain, hardware = jax.device_get((plain, result.hardware_evaluations))
+  return jax.tree.map(lambda leaf: leaf.reshape(*index_DxU.shape, *leaf.shape[1:]), plain), int(hardware)
 
 
-def _descend_part(row, model, field_fn, label_B, index_B, batching: Batching):
-  label_B, index_B, noise, dropped = _filled_up(model, label_B, index_B, batching)
-  bound = field.BoundField(field_fn, label_B)
-  result = descend_row(row, bound, noise, batching, index_B=index_B)
-  hardware = result.evaluations_B.max() * len(index_B)
-  return jax.tree.map(lambda leaf: leaf[: len(leaf) - dropped], result), hardware
+def _lockstep_round(row, model, field_fn, label_N, index_DxU: np.ndarray, batching: Batching):
+  """The same, one batch after the other on each device. A place without a sample draws another place's again."""
+  ways, size, results, hardware = batching.ways, batching.batch_size, [], 0
+  for first in range(0, index_DxU.shape[1], size):
+    index_Dxb = np.full((ways, size), -1, np.int32)
+    part = index_DxU[:, first : first + size]
+    index_Dxb[:, : part.shape[1]] = part
+    index_B = np.where(index_Dxb < 0, index_Dxb.max(), index_Dxb).reshape(-1)
+    noise = sampler.start_noise(batching.key, index_B, model.input_shape)
+    placed = batching.place((jnp.asarray(label_N[index_B]), jnp.asarray(index_B), noise))
+    result = jax.device_get(_lockstep(row, model, field_fn, *placed, batching))
+    results.append(jax.tree.map(lambda leaf: leaf.reshape(ways, size, *leaf.shape[1:]), result))
+    hardware += int(result.evaluations_B.max()) * len(index_B)
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *results), hardware
 
 
-def _integrate_part(row, model, field_fn, label_B, index_B, batching: Batching):
-  label_B, index_B, noise, dropped = _filled_up(model, label_B, index_B, batching)
+def _lockstep(row, model, field_fn, label_B, index_B, noise, batching: Batching) -> sampler.Result:
+  if is_descent(row):
+    return descend_row(row, field.BoundField(field_fn, label_B), noise, batching, index_B=index_B)
   options = _integration(row, model)
   integrated = integrators.integrate(field_fn, noise, label_B, key=batching.key, index_B=index_B, **options)
   zeros_B = jnp.zeros(len(index_B), jnp.int32)
   unknown_B = jnp.full(len(index_B), jnp.nan)  # an integrator asks for no gradient where it ends
-  result = sampler.Result(integrated.x, integrated.evaluations_B, unknown_B, integrated.status_B, zeros_B)
-  hardware = integrated.evaluations_B.max() * len(index_B)
-  return jax.tree.map(lambda leaf: leaf[: len(leaf) - dropped], result), hardware
-
-
-def _filled_up(model: DiT, label_B, index_B, batching: Batching):
-  """A batch of full size on the mesh; what fills it up is dropped afterwards."""
-  dropped = batching.batch_size - len(index_B)
-  fill = np.arange(batching.batch_size) % len(index_B)
-  noise = sampler.start_noise(batching.key, index_B[fill], model.input_shape)
-  label_B, index_B, noise = batching.place((jnp.asarray(label_B[fill]), jnp.asarray(index_B[fill]), noise))
-  return label_B, index_B, noise, dropped
+  return sampler.Result(integrated.x, integrated.evaluations_B, unknown_B, integrated.status_B, zeros_B)
 
 
 def guidance_of(row: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -223,10 +270,15 @@ def guidance_of(row: ml_collections.ConfigDict) -> dict[str, Any]:
   }
 
 
+def step_size_of(row: ml_collections.ConfigDict, batching: Batching) -> float:
+  """η of a descent, with "auto" resolved."""
+  return row.step_size or sampler.AUTO_LENGTH / (batching.multiplier * row.max_evaluations)
+
+
 def _settings(row, batching: Batching) -> dict[str, Any]:
   return {
     "rule": row.rule,
-    "step_size": row.step_size or sampler.AUTO_LENGTH / (batching.multiplier * row.max_evaluations),
+    "step_size": step_size_of(row, batching),
     "momentum": row.momentum,
     "temperature": row.temperature,
     "key": batching.key,
@@ -250,12 +302,8 @@ def _integration(row, model: DiT) -> dict[str, Any]:
   return {"solver": row.rule, "steps": row.max_evaluations // stages, "timed": model.time_input}
 
 
-def _shortest(row) -> dict[str, Any]:
-  """Changes that make a descent short without another compilation."""
-  return {"max_evaluations": 1, "min_evaluations": 0} if is_descent(row) else {}
-
-
-def _warn(name: str, row, result: sampler.Result):
+def warn(name: str, row, result: sampler.Result):
+  """Tells of samples that diverged, or did not reach their threshold."""
   diverged = np.mean(result.status_B == sampler.DIVERGED)
   if diverged:
     log.warning("%s: %.1f %% of the samples diverged: try a smaller step_size", name, 100 * diverged)
@@ -265,6 +313,14 @@ def _warn(name: str, row, result: sampler.Result):
     log.warning(text, name, 100 * spent, row.max_evaluations, row.threshold)
 
 
-def balanced_labels(count: int, num_classes: int) -> np.ndarray:
-  """0, 1, ... repeating; without classes, the null class."""
+def balanced_labels(count: int, num_classes: int, seed: int = 0) -> np.ndarray:
+  """0, 1, ... repeating, whatever the seed; without classes, the null class."""
   return np.arange(count, dtype=np.int32) % max(1, num_classes)
+
+
+def random_labels(count: int, num_classes: int, seed: int) -> np.ndarray:
+  """Each class as likely as any other, as in the reference; the first of a longer series are these."""
+  return np.random.default_rng(seed).integers(max(1, num_classes), size=count, dtype=np.int32)
+
+
+LABELS = {"balanced": balanced_labels, "random": random_labels}

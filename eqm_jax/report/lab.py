@@ -6,8 +6,8 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
+from eqm_jax import devices
 from eqm_jax.data import sources
 from eqm_jax.equilibrium import field
 from eqm_jax.evaluation import agreement, distances, evaluate, samplers
@@ -24,12 +24,12 @@ class Lab:
   Samples are drawn once: asking again for the same ones gives those from memory.
   """
 
-  def __init__(self, config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
+  def __init__(self, config: ml_collections.ConfigDict, workdir: str):
     self.options, self.directory = config.report, os.path.join(workdir, "figures")
     os.makedirs(self.directory, exist_ok=True)
     self.seeds = range(config.report.seeds)
     self.models = Runs(config, workdir)
-    self._mesh, self._row = mesh, next(iter(config.samplers.values()))
+    self._row = next(iter(config.samplers.values()))
     self.train = sources.open_source(config.data.source, {**config.data.options})
     self.held_out = sources.open_source(config.data.source, {**config.data.options, "part": "test"})
     self.real = self.train.images
@@ -52,8 +52,8 @@ class Lab:
     return row
 
   def field(self, trained: Trained) -> field.ConditionalField:
-    """The field of a model, on the mesh."""
-    params = self.batching(trained).replicate(trained.params)
+    """The field of a model, on this process's devices."""
+    params = devices.replicate(trained.params)
     return field.conditional_field(trained.model, params)
 
   def multiplier(self, trained: Trained) -> float:
@@ -63,7 +63,7 @@ class Lab:
   def batching(self, trained: Trained) -> samplers.Batching:
     """How samples of a model are drawn: with keys of its own seed."""
     key = state.stream_key(trained.seed, "samples")
-    return samplers.Batching(self._mesh, self.options.batch_size, key, self.multiplier(trained))
+    return samplers.Batching(self.options.batch_size, key, self.multiplier(trained))
 
   def sample(self, name: str, seed: int, again: bool = False, **changes: Any) -> samplers.Drawn:
     """Samples of one model, one for each of `label_N`; `again` draws them even if they are known."""

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 import jax
 import ml_collections
-from jax.sharding import Mesh
 
 import eqm_jax
 from eqm_jax.evaluation import samplers
@@ -44,7 +43,7 @@ CLAIMS: dict[str, tuple[Claim, float]] = {
 log = logging.getLogger(__name__)
 
 
-def report(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
+def report(config: ml_collections.ConfigDict, workdir: str):
   """Trains what is missing, measures what is missing, and writes the page.
 
   Writes index.html, report.json and figures/ into the workdir.
@@ -53,13 +52,13 @@ def report(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
     ValueError: before training, if the config does not fit or the workdir holds a
       report with another one.
   """
-  _check(config, workdir, mesh)
+  _check(config, workdir)
   with _quiet():
-    _report(config, workdir, mesh)
+    _report(config, workdir)
 
 
-def _report(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
-  lab = Lab(config, workdir, mesh)
+def _report(config: ml_collections.ConfigDict, workdir: str):
+  lab = Lab(config, workdir)
   os.makedirs(os.path.join(workdir, "claims"), exist_ok=True)
 
   models = [(name, seed) for seed in lab.seeds for name in runs.CHANGES if not lab.models.is_trained(name, seed)]
@@ -102,7 +101,7 @@ def _quiet() -> Iterator[None]:
 LEAST = {"seeds": 1, "samples": 20, "batch_size": 1, "held_out": 10, "evaluations": 4}
 
 
-def _check(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
+def _check(config: ml_collections.ConfigDict, workdir: str):
   if "report" not in config:
     raise ValueError("this config has no section 'report': use --config=configs/report.py, or report.py:quick")
   options = config.report
@@ -115,7 +114,7 @@ def _check(config: ml_collections.ConfigDict, workdir: str, mesh: Mesh):
       raise ValueError(
         f"{name} = {given!r}, but the report's claims are about {expected!r}, and what is compared with it"
       )
-  batching = samplers.Batching(mesh, options.batch_size, jax.random.key(0), LAMBDA)
+  batching = samplers.Batching(options.batch_size, jax.random.key(0), LAMBDA)
   row = next(iter(config.samplers.values())).copy_and_resolve_references()
   row.update(step_size=options.step_size, threshold=options.threshold, max_evaluations=options.evaluations)
   samplers.check("of the report", row, DiT(**config.model), batching)

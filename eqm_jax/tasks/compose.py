@@ -6,10 +6,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from eqm_jax import devices
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import field, sampler
 from eqm_jax.equilibrium.labels import checked_labels
-from eqm_jax.evaluation import agreement, evaluate, samplers
+from eqm_jax.evaluation import agreement, real, samplers
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.tasks import inputs
@@ -59,9 +60,9 @@ def compose(
     images[name] = draw(row, alone, min(SHOWN, config.tasks.count), batching, name)
   report = {"sampler": row.to_dict(), "terms": [{"label": label, "weight": weight} for *_, label, weight in terms]}
   if config.evaluation.label_agreement:
-    real, x = inputs.first_images(source, inputs.MANY), images["sum"].x
-    seen_N = agreement.Classifier(real, source.labels[: len(real)]).predict(
-      np.clip(x, -1, 1) if evaluate.is_pixels(source) else x
+    known, x = inputs.first_images(source, real.MANY), images["sum"].x
+    seen_N = agreement.Classifier(known, source.labels[: len(known)]).predict(
+      np.clip(x, -1, 1) if real.is_pixels(source) else x
     )
     report["seen_as"] = {str(label): float(np.mean(seen_N == label)) for label in range(source.num_classes)}
   result = images.pop("sum")
@@ -86,7 +87,7 @@ def draw(
 ) -> sampler.Result:
   """Descends Σ w_k·f_k from `count` samples' own noise; `name` is what the progress bar says."""
   terms = [term for term in terms if abs(term[3]) > 1e-6]  # what rounding leaves of 1 − Σ w costs a pass
-  field_fns = [field.conditional_field(m, batching.replicate(p), **samplers.guidance_of(row)) for m, p, *_ in terms]
+  field_fns = [field.conditional_field(m, devices.replicate(p), **samplers.guidance_of(row)) for m, p, *_ in terms]
 
   def part(index_B):
     index = batching.place(index_B)

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from eqm_jax import devices
 from eqm_jax.equilibrium import field, sampler, tasks
 from eqm_jax.evaluation import samplers
 from eqm_jax.files import write_json
@@ -33,7 +34,7 @@ def denoise(
     ValueError: for a γ outside [0, 1].
   """
   row = inputs.check(config, model, batching)
-  field_fn = field.conditional_field(model, batching.replicate(params), **samplers.guidance_of(row))
+  field_fn = field.conditional_field(model, devices.replicate(params), **samplers.guidance_of(row))
   gammas = tuple(config.tasks.denoise.gammas)
   if gammas:
     starts = {f"{gamma:g}": noised(given.image_N, gamma, batching) for gamma in gammas}

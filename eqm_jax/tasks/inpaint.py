@@ -6,9 +6,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from eqm_jax import devices
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import field, tasks
-from eqm_jax.evaluation import evaluate, samplers
+from eqm_jax.evaluation import evaluate, real, samplers
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.tasks import inputs
@@ -39,7 +40,7 @@ def inpaint(
   row = inputs.check(config, model, batching)
   mask = read_mask(options.mask, model.input_shape)
   schedule = evaluate.schedule_of(config)
-  field_fn = field.conditional_field(model, batching.replicate(params), **samplers.guidance_of(row))
+  field_fn = field.conditional_field(model, devices.replicate(params), **samplers.guidance_of(row))
 
   def part(index_B):
     image, label, index = batching.place((given.image_N[index_B], given.label_N[index_B], index_B))
@@ -58,7 +59,7 @@ def inpaint(
 
   result = samplers.in_batches("inpaint", part, len(given.image_N), batching)
   painted = np.broadcast_to(mask, result.x.shape) > 0
-  mean_N = np.broadcast_to(inputs.first_images(source, inputs.MANY).mean(axis=0), result.x.shape)
+  mean_N = np.broadcast_to(inputs.first_images(source, real.MANY).mean(axis=0), result.x.shape)
   report = {
     "sampler": row.to_dict(),
     "images": len(result.x),

@@ -9,10 +9,8 @@ from PIL import Image
 from eqm_jax.data import images
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium.labels import checked_labels
-from eqm_jax.evaluation import evaluate, pictures, plane, sample, samplers
+from eqm_jax.evaluation import pictures, plane, real, sample, samplers
 from eqm_jax.networks.dit import DiT
-
-MANY = 10_000  # samples that stand for a whole data set, where it is larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Inputs:
   label_N: np.ndarray  # [N] int32: the classes that the field is told
 
 
-def check_options(options: ml_collections.ConfigDict, batching: samplers.Batching):
+def check_options(options: ml_collections.ConfigDict):
   """Refuses numbers of the section tasks that no task can work with.
 
   Raises:
@@ -31,11 +29,8 @@ def check_options(options: ml_collections.ConfigDict, batching: samplers.Batchin
   """
   if options.count < 1:
     raise ValueError(f"tasks.count = {options.count} must be at least 1")
-  if options.batch_size < 1 or options.batch_size % batching.ways:
-    raise ValueError(
-      f"tasks.batch_size = {options.batch_size} does not divide over {batching.ways} devices: "
-      f"use a multiple of {batching.ways}"
-    )
+  if options.batch_size < 1:
+    raise ValueError(f"tasks.batch_size = {options.batch_size} must be at least 1")
 
 
 def check(config: ml_collections.ConfigDict, model: DiT, batching: samplers.Batching) -> ml_collections.ConfigDict:
@@ -63,13 +58,13 @@ def open_inputs(options: ml_collections.ConfigDict, source: Source, model: DiT, 
     ValueError: naming the key or the file, for what does not fit.
   """
   if options.images:
-    in_pixels, bounded = "image" in source[0], evaluate.is_pixels(source) and not noisy
+    in_pixels, bounded = "image" in source[0], real.is_pixels(source) and not noisy
     image_N, own_N = images.read(options.images, model.input_shape, options.count, in_pixels, bounded)
   else:
     if source.shape != model.input_shape:
       raise ValueError(f"the data set has samples of shape {source.shape}, but the model takes {model.input_shape}")
     samples = [source[i] for i in range(min(options.count, len(source)))]
-    image_N = np.stack([evaluate.real_sample(sample) for sample in samples])
+    image_N = np.stack([real.sample_array(sample) for sample in samples])
     own_N = np.asarray([sample["label"] for sample in samples])
   if options.labels == "own":
     if own_N is None:
@@ -82,7 +77,7 @@ def open_inputs(options: ml_collections.ConfigDict, source: Source, model: DiT, 
 
 def first_images(source: Source, count: int) -> np.ndarray:
   """The first images of a data set, [N, H, W, C]."""
-  return np.stack([evaluate.real_sample(source[i]) for i in range(min(count, len(source)))])
+  return np.stack([real.sample_array(source[i]) for i in range(min(count, len(source)))])
 
 
 def show(rows: list[np.ndarray], columns: int, batching: samplers.Batching) -> Image.Image:

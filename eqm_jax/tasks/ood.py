@@ -11,9 +11,10 @@ import numpy as np
 import sklearn.covariance
 import sklearn.metrics
 
+from eqm_jax import devices
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import energy, field, tasks
-from eqm_jax.evaluation import pictures, samplers
+from eqm_jax.evaluation import pictures, real, samplers
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.tasks import inputs, outliers
@@ -91,12 +92,12 @@ def make_score(name: str, model: DiT, params: Any, source: Source, batching: sam
   if name not in SCORES:
     raise ValueError(f"tasks.ood.scores: {name!r} is not known: choose from {', '.join(SCORES)}")
   if name == "mahalanobis":
-    real = inputs.first_images(source, inputs.MANY)
-    gaussian = sklearn.covariance.LedoitWolf().fit(real.reshape(len(real), -1))
+    known = inputs.first_images(source, real.MANY)
+    gaussian = sklearn.covariance.LedoitWolf().fit(known.reshape(len(known), -1))
     return lambda images: np.sqrt(gaussian.mahalanobis(images.reshape(len(images), -1)))
   if model.time_input:
     raise ValueError(f"tasks.ood.scores: {name!r} needs a field without time, but this model is told the time")
-  params = batching.replicate(params)
+  params = devices.replicate(params)
   if name == "energy":
     form = energy.checked_form(model, None)
 

@@ -8,18 +8,21 @@ save leaves the previous ones whole.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 DIRECTORY = "checkpoints"
 
 
-def open_manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
-  """The checkpoints of a run: written asynchronously, the newest `keep` of them kept.
+def open_manager(
+  workdir: str, keep: int | None = None, best: Callable[[], int | None] = lambda: None
+) -> ocp.CheckpointManager:
+  """The checkpoints of a run: written asynchronously, the newest `keep` of them kept, and that of the step `best()`.
 
   Without `keep` nothing is made or removed, which is what a reader wants.
   """
@@ -28,10 +31,22 @@ def open_manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager
   elif keep < 1:
     raise ValueError(f"checkpoint.keep = {keep} must be at least 1")
   else:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    policy = preservation.AnyPreservationPolicy([preservation.LatestN(keep), _Best(best)])
+    options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
   handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
   directory = os.path.abspath(os.path.join(workdir, DIRECTORY))
   return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+class _Best(preservation.PreservationPolicy):
+  """Keeps the checkpoint of one step, which may change."""
+
+  def __init__(self, best: Callable[[], int | None]):
+    self._best = best
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    best = self._best()
+    return [info.step == best for info in checkpoints]
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: grain.DatasetIterator):
@@ -68,22 +83,29 @@ def steps(workdir: str) -> list[int]:
     return sorted(manager.all_steps())
 
 
-def restore_params(workdir: str, name: str, shapes: Any) -> Any:
-  """One parameter tree, `params` or `ema_params`, of a run's newest checkpoint, on the first device.
+def restore_params(workdir: str, name: str, shapes: Any, step: int | None = None) -> tuple[Any, int]:
+  """One parameter tree, `params` or `ema_params`, of a run's checkpoint, on the first device; and the step.
+
+  Args:
+    step: of the checkpoint; None: the newest.
 
   Raises:
-    ValueError: if the run has no checkpoint, or one of a model of other shapes.
+    ValueError: if the run has no such checkpoint, or one of a model of other shapes.
   """
-  if not steps(workdir):
-    raise ValueError(f"{workdir}: no finished checkpoint in its {DIRECTORY}; was it trained?")
+  there = steps(workdir)
+  if not there or step not in (None, *there):
+    wanted = "" if step is None else f" of step {step}"
+    raise ValueError(
+      f"{workdir}: no finished checkpoint{wanted} in its {DIRECTORY}, there are {there or 'none'}; was it trained?"
+    )
+  step = there[-1] if step is None else step
   with contextlib.closing(open_manager(workdir)) as manager:
-    step = manager.latest_step()
     directory = f"{manager.directory}/{step}"
     with _naming(directory):
       metadata = manager.item_metadata(step).state
     _check_shapes(directory, metadata, {name: shapes})
     with _naming(directory):
-      return manager.restore(step, args=ocp.args.Composite(state=_partial_restore({name: shapes}))).state[name]
+      return manager.restore(step, args=ocp.args.Composite(state=_partial_restore({name: shapes}))).state[name], step
 
 
 def write_tree(directory: str, tree: Any):

@@ -31,6 +31,19 @@ class MetricWriter:
     yield
     self._waited += time.monotonic() - begin
 
+  @contextlib.contextmanager
+  def apart(self) -> Iterator[None]:
+    """Leaves the time inside out of the rates: it is not spent on training."""
+    begin = time.monotonic()
+    yield
+    if self._time is not None:
+      self._time += time.monotonic() - begin
+
+  def write_scores(self, step: int, scores: Mapping[str, float]):
+    """Writes what an evaluation of a step found, maybe some steps later."""
+    self._record(step, scores)
+    log.info("scores of step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
   def write(self, step: int, scalars: Mapping[str, float]):
     """Writes the metrics of one step. examples_per_second, and the share data_wait, are since the last call."""
     now = time.monotonic()
@@ -42,12 +55,15 @@ class MetricWriter:
       scalars["data_wait"] = self._waited / (now - self._time)
       progress = f"  {left} left"
     self._step, self._time, self._waited = step, now, 0.0
+    self._record(step, scalars)
+    text = "  ".join(f"{name} {value:.5g}" for name, value in scalars.items())
+    log.info("step %d/%d  %s%s", step, self._last_step, text, progress)
+
+  def _record(self, step: int, scalars: Mapping[str, float]):
     self._file.write(json.dumps({"step": step, **scalars}) + "\n")
     self._file.flush()
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
-    text = "  ".join(f"{name} {value:.5g}" for name, value in scalars.items())
-    log.info("step %d/%d  %s%s", step, self._last_step, text, progress)
 
   def close(self):
     self._file.close()

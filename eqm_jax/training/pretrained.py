@@ -28,14 +28,15 @@ class Pretrained:
   config: dict[str, Any]  # what the model was built with: DiT(**config) == model
   # Of a model of latents: `name` and `sha256` of the autoencoder they are of; None for pixels, and where nobody knows.
   autoencoder: dict[str, str] | None = None
+  step: int | None = None  # of the training run's checkpoint; None where the file does not tell
 
 
 def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pretrained:
   """Loads a model.
 
   Args:
-    path: a training workdir (its newest checkpoint), a directory of
-      `save_pretrained`, or a .pt file of the authors' code.
+    path: a training workdir (its newest checkpoint), one of its checkpoints
+      (WORKDIR/checkpoints/STEP), a directory of `save_pretrained`, or a .pt file of the authors' code.
     weights: "ema" or "model". An exported directory and a bare state dict hold one
       set, which both names give.
     **overrides: attributes of `DiT`, such as `dtype`, `unroll`, or what a .pt file
@@ -50,8 +51,9 @@ def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pre
   _check_names(overrides, "override")
   if os.path.isfile(path):
     model, params = reference.load(path, weights, overrides)
-    identity = None
+    identity = step = None
   else:
+    path, step = _split_checkpoint(path)
     config_path = os.path.join(path, CONFIG)
     if not os.path.isfile(config_path):
       raise ValueError(
@@ -67,8 +69,8 @@ def load(path: str | os.PathLike, weights: str = "ema", **overrides: Any) -> Pre
     if os.path.isdir(os.path.join(path, PARAMS)):
       params = checkpoint.read_tree(os.path.join(path, PARAMS), shapes)
     else:
-      params = checkpoint.restore_params(path, "ema_params" if weights == "ema" else "params", shapes)
-  return Pretrained(model, params, dit.attributes(model), identity)
+      params, step = checkpoint.restore_params(path, "ema_params" if weights == "ema" else "params", shapes, step)
+  return Pretrained(model, params, dit.attributes(model), identity, step)
 
 
 def save_pretrained(path: str | os.PathLike, model: dit.DiT, params: Any, *, autoencoder: dict[str, str] | None = None):
@@ -140,6 +142,14 @@ def recorded_autoencoder(config: dict[str, Any]) -> dict[str, str] | None:
   """Which autoencoder's latents a saved config speaks of."""
   recorded = config.get("autoencoder", {})
   return {name: recorded[name] for name in ("name", "sha256")} if recorded.get("sha256") else None
+
+
+def _split_checkpoint(path: str) -> tuple[str, int | None]:
+  """WORKDIR/checkpoints/STEP as (WORKDIR, STEP); another path as (path, None)."""
+  directory, step = os.path.split(path.rstrip("/"))
+  if os.path.basename(directory) == checkpoint.DIRECTORY and step.isdigit():
+    return os.path.dirname(directory), int(step)
+  return path, None
 
 
 def _write(path: str, config: dict[str, Any], params: Any):

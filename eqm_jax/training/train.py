@@ -20,20 +20,33 @@ import optax
 from eqm_jax.data import pipeline, sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder, encode_batch
 from eqm_jax.equilibrium import energy, objective
+from eqm_jax.evaluation import samplers
+from eqm_jax.evaluation.comparison import Comparison
 from eqm_jax.files import write_json
 from eqm_jax.networks.autoencoder import posterior_sample
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import checkpoint, checks, metrics, pretrained, sharding
+from eqm_jax.training import checkpoint, checks, metrics, pretrained, quality, sharding
 from eqm_jax.training import state as state_lib
 
 log = logging.getLogger(__name__)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None = None) -> bool:
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  codec: Codec | None = None,
+  known: Comparison | None = None,
+  batching: samplers.Batching | None = None,
+) -> bool:
   """Trains to `config.train.steps`, from the newest checkpoint in `workdir` if there is one.
 
-  With `codec` a model of latents is trained on images, which are encoded in each step; it is
-  not needed with a cache.
+  Args:
+    config: the whole config.
+    workdir: of the run.
+    codec: with it a model of latents is trained on images, which are encoded in each step; it is
+      not needed with a cache.
+    known, batching: with them the run is evaluated as `config.evaluation.during_training` says, and its best
+      checkpoint is kept.
 
   Returns:
     True when trained to the end; False when SIGTERM came first, after saving.
@@ -78,13 +91,15 @@ def train(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None =
     process_count=jax.process_count(),
     place=functools.partial(jax.tree.map, functools.partial(jax.make_array_from_process_local_data, batch_sharding)),
   )
-  manager = checkpoint.open_manager(workdir, config.checkpoint.keep)
+  first_step = max(checkpoint.steps(workdir), default=0)
+  watched = known is not None and config.evaluation.during_training.every > 0
+  scores = quality.Quality(config, workdir, model, known, batching, first_step) if watched else None
+  manager = checkpoint.open_manager(workdir, config.checkpoint.keep, lambda: scores.best if scores else None)
   described = json.loads(config.to_json())
   described["data"]["samples"] = len(source)
   if identity:
     described["autoencoder"] |= {name: identity[name] for name in ("name", "sha256")}
   write_json(os.path.join(workdir, pretrained.CONFIG), described)
-  first_step = manager.latest_step() or 0
   if first_step:
     placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
     state = checkpoint.restore(manager, first_step, placed, data)
@@ -129,11 +144,23 @@ def train(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None =
       raise FloatingPointError(
         f"step {step}: {seen}; stopped. The newest checkpoint is that of step {manager.latest_step()}"
       )
+    if scores:
+      scores.collect(writer, wait=False)
     if step % config.train.log_every == 0 or step in (1, steps):
       writer.write(step, {**scalars, "relative_loss": scalars["loss"] / zero_loss})
 
-  with contextlib.closing(manager), contextlib.closing(writer), _sigterm() as stopped:
+  def judge(step, state):
+    """Draws samples with the averaged weights, if the step is to be evaluated."""
+    if scores and scores.is_due(step):
+      with writer.apart():
+        scores.draw(step, state.ema_params, mesh, writer)
+
+  with contextlib.ExitStack() as stack:
+    for closed in (manager, writer, scores) if scores else (manager, writer):
+      stack.enter_context(contextlib.closing(closed))
+    stopped = stack.enter_context(_sigterm())
     pending = None
+    judge(first_step, state)  # the run was killed before the scores of its last checkpoint were there
     for step in range(first_step + 1, steps + 1):
       with writer.waiting():
         batch = next(data)
@@ -142,13 +169,19 @@ def train(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None =
         report(*pending)
       pending = step, scalars
       stopping = stopped.is_set()
-      if step % config.checkpoint.every == 0 or step == steps or stopping:
+      due = scores is not None and scores.is_due(step)
+      if step % config.checkpoint.every == 0 or step == steps or stopping or due:
         report(*pending)  # nothing that is not finite gets into a checkpoint
         pending = None
+        if scores:
+          scores.collect(writer)  # which of the checkpoints is the best
         checkpoint.save(manager, step, state, data)
       if stopping:
         log.info("SIGTERM: saved step %d", step)
         break
+      judge(step, state)
+    if scores:
+      scores.collect(writer)
   return not stopped.is_set()
 
 

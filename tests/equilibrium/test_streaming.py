@@ -58,7 +58,7 @@ def test_it_does_less_than_half_of_what_lockstep_does():
 
 def test_a_long_series_can_be_drawn_part_by_part():
   whole = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=8, rule="gd", **OPTIONS)
-  part = descend_stream(bowls, LABELS[50:90], KEY, shape=(5,), slots=8, rule="gd", first_index=50, **OPTIONS)
+  part = descend_stream(bowls, LABELS[50:90], KEY, shape=(5,), slots=8, rule="gd", index_N=np.arange(50, 90), **OPTIONS)
   np.testing.assert_allclose(part.x, whole.x[50:90], atol=1e-6)
   np.testing.assert_array_equal(part.evaluations_B, whole.evaluations_B[50:90])
 

@@ -1,19 +1,25 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from eqm_jax.data import shipped
 from eqm_jax.equilibrium import sampler
-from eqm_jax.evaluation import agreement, evaluate, pictures, samplers
+from eqm_jax.evaluation import agreement, comparison, evaluate, pictures, samplers
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import sharding
 
 
 @pytest.fixture
 def batching():
-  return samplers.Batching(sharding.make_mesh(-1, 1, 1), 10, jax.random.key(0), 4.0)
+  return samplers.Batching(10, jax.random.key(0), 4.0)
 
 
 @pytest.fixture
@@ -25,44 +31,140 @@ def model_and_params(tiny_config):
   return model, jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), params)
 
 
+def run(config, model, params, batching, directory, source=None):
+  source = shipped.digits() if source is None else source
+  evaluate.check_options(config, model, batching)
+  evaluate.check_data(config, model, source, source)
+  known = comparison.Comparison(config.evaluation, source, source, 2)
+  return evaluate.evaluate(config, model, params, known, batching, str(directory), {"checkpoint": "of a test"})
+
+
 def test_real_samples_are_at_no_distance_from_themselves(
   tiny_config, model_and_params, batching, tmp_path, monkeypatch
 ):
   """Real images instead of samples: a distance of zero, and the classifier's own accuracy."""
   source = shipped.digits()
 
-  def real_ones(name, row, model, params, label_N, batching):
-    images = np.stack([source.images[source.labels == label][i // 10] for i, label in enumerate(label_N)])
-    zeros = np.zeros(len(label_N), np.int32)
-    return samplers.Drawn(sampler.Result(images, zeros + 1, zeros, zeros, zeros), 1.0, len(label_N))
+  def real_ones(name, row, model, params, label_N, batching, size, numbers):
+    for number in numbers:
+      index = np.arange(number * size, min((number + 1) * size, len(label_N)))
+      images = np.stack([source.images[source.labels == label_N[i]][i // 10] for i in index])
+      zeros = np.zeros(len(index), np.int32)
+      yield number, samplers.Drawn(sampler.Result(images, zeros + 1, zeros, zeros, zeros), 1.0, len(index))
 
-  monkeypatch.setattr(samplers, "draw", real_ones)
-  tiny_config.evaluation.samples = 1700
-  report = evaluate.evaluate(tiny_config, *model_and_params, source, batching, str(tmp_path))
+  monkeypatch.setattr(samplers, "draw_units", real_ones)
+  tiny_config.evaluation.update(samples=1700, unit=300)
+  report = run(tiny_config, *model_and_params, batching, tmp_path)
   for row in report["rows"].values():
-    assert row["frechet"] < 0.05
+    scores = row["scores"]["raw"]
+    assert scores["frechet"] < 0.05 and scores["frechet_error"] < 0.05
+    assert abs(scores["kernel_distance"]) < 0.01  # of noise it is above 0.1
+    assert scores["precision"] > 0.95 and scores["recall"] > 0.95
     assert row["label_agreement"] > 0.98
-  assert 0.2 < report["real"]["frechet_between_halves"] < 0.4
-  assert 0.95 < report["real"]["classifier_accuracy"] <= 1
+    assert row["seconds"] == 6.0  # of six units
+  assert 0.2 < report["features"]["raw"]["real"]["frechet_between_halves"] < 0.4
+  assert 0.95 < report["features"]["label_agreement"]["classifier_accuracy"] <= 1
 
 
 def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, model_and_params, batching, tmp_path):
   for row in tiny_config.samplers.values():
     row.update(max_evaluations=1, threshold=0.0)
-  tiny_config.evaluation.samples = 100
-  report = evaluate.evaluate(tiny_config, *model_and_params, shipped.digits(), batching, str(tmp_path))
+  tiny_config.evaluation.update(samples=100, features=("raw", "classifier"))
+  tiny_config.evaluation.classifier.steps = 15
+  report = run(tiny_config, *model_and_params, batching, tmp_path)
   for row in report["rows"].values():
-    assert row["frechet"] > 5 and row["label_agreement"] < 0.3
+    assert row["scores"]["raw"]["frechet"] > 5 and row["label_agreement"] < 0.3
+    assert row["scores"]["raw"]["precision"] == 0
+    classifier = row["scores"]["classifier"]
+    assert classifier["frechet"] > 3 * report["features"]["classifier"]["real"]["frechet_between_halves"]
+    assert classifier["spatial_frechet"] > 0 and 1 <= classifier["inception_score"] <= 10
     assert row["evaluations"]["mean"] == 1 and row["status"]["budget"] == 100
+  table = (tmp_path / "evaluation.md").read_text()
+  assert "Features: raw; 1797 real samples" in table and "Features: classifier (sha256" in table
+  assert "| sampler | Fréchet | spatial Fréchet | inception score | kernel distance | precision | recall |" in table
+
+
+def test_the_report_tells_all_that_a_number_depends_on(tiny_config, model_and_params, batching, tmp_path):
+  tiny_config.evaluation.update(rows=("adaptive",), labels="random", seed=3, npz=True, unit=7)
+  report = run(tiny_config, *model_and_params, batching, tmp_path)
+  assert report["labels"] == "random" and report["seed"] == 3 and report["samples"] == 20
+  assert report["weights"]["kind"] == "ema" and report["weights"]["checkpoint"] == "of a test"
+  assert len(report["weights"]["sha256"]) == 64
+  assert report["precision"] == {
+    "network": "float32", "sampler": "float32", "features": "float32", "distances": "float64"
+  }  # fmt: skip
+  assert report["features"]["raw"]["name"] == "raw" and report["features"]["raw"]["real"]["samples"] == 1797
+  assert set(report["versions"]) >= {"eqm_jax", "python", "jax", "jaxlib", "flax", "numpy"}
+  assert set(report["rows"]) == {"adaptive"}
+  row = report["rows"]["adaptive"]
+  assert {"rule", "eta", "momentum", "guidance", "guidance_channels", "threshold", "streaming"} <= set(row)
+  assert {"mean", "q0", "q10", "q50", "q90", "q100"} == set(row["evaluations"])
+  # As ADM's evaluator reads it.
+  with np.load(tmp_path / "adaptive.npz") as arrays:
+    assert arrays["arr_0"].shape == (20, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(arrays["arr_1"], samplers.random_labels(20, 10, 3))
+    drawn = samplers.draw(
+      "adaptive", tiny_config.samplers.adaptive, *model_and_params, arrays["arr_1"], batching
+    ).result.x
+    difference = np.abs(arrays["arr_0"].astype(int) - pictures.to_uint8(drawn))
+    assert difference.max() <= 1 and np.mean(difference > 0) < 0.01  # rounding, where the batches differ
+  assert not list((tmp_path / "units").iterdir()), "what is done leaves no units behind"
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tiny_config, model_and_params, batching, tmp_path, monkeypatch):
+  tiny_config.evaluation.update(unit=4, rows=("adaptive", "nag"), pictured="none")
+  expected = run(tiny_config, *model_and_params, batching, tmp_path / "whole")
+
+  draw_units, drawn = samplers.draw_units, []
+
+  def killed_in_the_second_row(name, *arguments):
+    for unit in draw_units(name, *arguments):
+      if (name, unit[0]) == ("nag", 2):
+        raise KeyboardInterrupt
+      yield unit
+
+  def counted(*arguments):
+    drawn.extend((arguments[0], number) for number in arguments[-1])
+    return draw_units(*arguments)
+
+  monkeypatch.setattr(samplers, "draw_units", killed_in_the_second_row)
+  with pytest.raises(KeyboardInterrupt):
+    run(tiny_config, *model_and_params, batching, tmp_path / "killed")
+  monkeypatch.setattr(samplers, "draw_units", counted)
+  resumed = run(tiny_config, *model_and_params, batching, tmp_path / "killed")
+  assert drawn == [("nag", 2), ("nag", 3), ("nag", 4)]
+  for name, row in expected["rows"].items():
+    assert resumed["rows"][name]["scores"] == row["scores"], "the same bits"
+    assert resumed["rows"][name]["evaluations"] == row["evaluations"]
+  # Other weights are another series: nothing of the first is taken for it.
+  model, params = model_and_params
+  other = jax.tree.map(lambda leaf: leaf * 1.01, params)
+  drawn.clear()
+  run(tiny_config, model, other, batching, tmp_path / "killed")
+  assert len(drawn) == 10
+
+
+def test_a_damaged_unit_is_named(tiny_config, model_and_params, batching, tmp_path):
+  tiny_config.evaluation.update(unit=10, rows=("gd",))
+  known = comparison.Comparison(tiny_config.evaluation, shipped.digits(), None, 2)
+  labels = samplers.balanced_labels(20, 10)
+  series = known.draw("gd", tiny_config.samplers.gd, *model_and_params, labels, batching, str(tmp_path))
+  file = sorted(tmp_path.rglob("*.npz"))[1]
+  file.write_bytes(file.read_bytes()[:100])
+  with pytest.raises(ValueError, match="000001.npz: damaged .* Remove it"):
+    known.scores(series)
+  file.unlink()
+  series = known.draw("gd", tiny_config.samplers.gd, *model_and_params, labels, batching, str(tmp_path))
+  assert known.scores(series)["raw"]["frechet"] > 0
 
 
 def test_repeats_take_turns_and_integrators_have_rows(tiny_config, model_and_params, batching, tmp_path):
   tiny_config.samplers.nag.update(rule="heun", momentum=0.0, max_evaluations=4)
   tiny_config.evaluation.update(repeats=2, timed=("gd",), pictured="none")
-  report = evaluate.evaluate(tiny_config, *model_and_params, shipped.digits(), batching, str(tmp_path))
+  report = run(tiny_config, *model_and_params, batching, tmp_path)
   assert report["rows"]["nag"]["evaluations"]["mean"] == 4
   table = (tmp_path / "evaluation.md").read_text()
-  assert table.count("\n") == 5 and "| nag | heun |" in table
+  assert "| nag | heun | – |" in table
   assert not (tmp_path / "descent.png").exists()
 
 
@@ -72,22 +174,121 @@ def test_repeats_take_turns_and_integrators_have_rows(tiny_config, model_and_par
     (lambda c: c.evaluation.update(pictured="heun"), "'heun' is not one of the samplers: adaptive, gd, nag"),
     (lambda c: c.samplers.adaptive.update(rule="heun"), "'adaptive' integrates"),
     (lambda c: c.evaluation.update(samples=1), "samples = 1"),
+    (lambda c: c.evaluation.update(unit=0), "unit = 0"),
+    (lambda c: c.evaluation.update(labels="some"), "labels = 'some' is not one of balanced, random"),
+    (lambda c: c.evaluation.update(rows=("best",)), "rows: 'best'"),
+    (
+      lambda c: c.evaluation.update(features=("fid",)),
+      r"features = \('fid',\): name some of raw, classifier, inception",
+    ),
+    (lambda c: c.evaluation.update(features=()), "features"),
+    (lambda c: c.evaluation.update(features=("inception",)), "inception.path = .* no such file. Fetch pt_inception"),
     (lambda c: c.evaluation.update(repeats=0), "repeats = 0"),
     (lambda c: c.evaluation.update(timed=("fast",)), "'fast'"),
     (lambda c: c.evaluation.update(weights="best"), "'best'"),
     (lambda c: c.samplers.gd.update(step_size=-1.0), "samplers.gd: step_size = -1.0"),
   ],
 )
-def test_bad_options_are_refused(tiny_config, model_and_params, batching, tmp_path, change, text):
+def test_bad_options_are_refused(tiny_config, model_and_params, batching, change, text):
   change(tiny_config)
   with pytest.raises(ValueError, match=text):
-    evaluate.evaluate(tiny_config, *model_and_params, shipped.digits(), batching, str(tmp_path))
+    evaluate.check_options(tiny_config, model_and_params[0], batching)
 
 
-def test_a_model_of_other_images_is_refused(tiny_config, model_and_params, batching, tmp_path):
+@pytest.mark.parametrize(
+  "changes, text",
+  [
+    (dict(dtype="bfloat16"), "dtype = 'bfloat16': reported numbers are computed in float32"),
+    (dict(resize="bicubic"), "resize = 'bicubic' is not one of tf1, half_pixel"),
+    (dict(batch_size=0), "inception.batch_size = 0"),
+  ],
+)
+def test_bad_inception_options_are_refused(tiny_config, model_and_params, batching, changes, text):
+  tiny_config.evaluation.features = ("inception",)
+  tiny_config.evaluation.inception.update(path=__file__, **changes)
+  with pytest.raises(ValueError, match=text):
+    evaluate.check_options(tiny_config, model_and_params[0], batching)
+
+
+def test_data_that_samples_cannot_be_compared_with_is_refused(tiny_config, model_and_params, batching, tmp_path):
   model, params = model_and_params
   with pytest.raises(ValueError, match="cannot be compared"):
-    evaluate.evaluate(tiny_config, model.clone(num_classes=9), params, shipped.digits(), batching, str(tmp_path))
+    run(tiny_config, model.clone(num_classes=9), params, batching, tmp_path)
+  tiny_config.evaluation.features = ("inception",)
+  with pytest.raises(ValueError, match="takes RGB images, but these have 1 channel: use 'classifier'"):
+    evaluate.check_data(tiny_config, model, shipped.digits(), shipped.digits())
+
+
+@pytest.mark.parametrize(
+  "spoil, text",
+  [
+    (lambda x: np.full_like(x, np.nan), "samplers.gd: the features of 20 of 20 samples are not finite: did"),
+    (lambda x: np.zeros_like(x), "samplers.gd: the samples: all rows are the same"),
+  ],
+)
+def test_samples_that_cannot_be_compared_are_told(
+  tiny_config, model_and_params, batching, tmp_path, spoil, text, monkeypatch
+):
+  draw_units = samplers.draw_units
+
+  def spoiled(*arguments):
+    for number, drawn in draw_units(*arguments):
+      yield number, dataclasses.replace(drawn, result=drawn.result.replace(x=spoil(drawn.result.x)))
+
+  monkeypatch.setattr(samplers, "draw_units", spoiled)
+  tiny_config.evaluation.update(rows=("gd",), pictured="none", label_agreement=False)
+  with pytest.raises(ValueError, match=text):
+    run(tiny_config, *model_and_params, batching, tmp_path)
+
+
+# An evaluation on some number of pretended devices, and what came out.
+PROGRAM = """
+import json, sys
+import jax, numpy as np
+from conftest import load_config
+from eqm_jax.data import shipped
+from eqm_jax.evaluation import comparison, evaluate, samplers
+from eqm_jax.networks.dit import DiT
+
+config = load_config("digits", "smoke")
+config.model.update(patch_size=2, width=16, depth=2, num_heads=2)
+config.evaluation.update(
+  samples=90, batch_size=4, unit=10, features=("raw", "classifier"), rows=("adaptive", "nag"), pictured="none"
+)
+config.evaluation.classifier.steps = 8
+config.samplers.adaptive.threshold = 84.0
+config.samplers.nag.streaming = False
+model = DiT(**config.model)
+params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 1)), np.zeros(1, np.int32))["params"]
+rng = np.random.default_rng(0)
+params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), params)
+source = shipped.digits()
+known = comparison.Comparison(config.evaluation, source, source, 1)
+report = evaluate.evaluate(config, model, params, known, samplers.Batching(4, jax.random.key(0), 4.0), sys.argv[1], {})
+json.dump({"devices": jax.device_count(), "report": report}, sys.stdout)
+"""
+
+
+def test_one_device_and_eight_give_the_same_bits(tmp_path):
+  found = {}
+  for count in (1, 8):
+    environment = {
+      "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
+    }  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / str(count))]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    output = json.loads(finished.stdout)
+    assert output["devices"] == count
+    found[count] = output["report"]
+  assert found[1]["features"] == found[8]["features"]
+  evaluations = found[1]["rows"]["adaptive"]["evaluations"]
+  assert evaluations["q0"] < evaluations["q100"], "the samples should differ"
+  for name, row in found[1]["rows"].items():
+    other = found[8]["rows"][name]
+    assert row["scores"] == other["scores"], name
+    assert row["evaluations"] == other["evaluations"] and row["label_agreement"] == other["label_agreement"]
 
 
 def test_the_classifier_knows_digits_and_not_shuffled_labels():

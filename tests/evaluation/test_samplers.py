@@ -6,7 +6,6 @@ import pytest
 
 from eqm_jax.equilibrium import sampler
 from eqm_jax.evaluation import samplers
-from eqm_jax.training import sharding
 
 LABELS = np.arange(13, dtype=np.int32) % 10
 
@@ -24,7 +23,7 @@ class Bowls:
 
 
 def batching(batch_size: int) -> samplers.Batching:
-  return samplers.Batching(sharding.make_mesh(-1, 1, 1), batch_size, jax.random.key(0), multiplier=4.0)
+  return samplers.Batching(batch_size, jax.random.key(0), multiplier=4.0)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ config.mesh.update(mesh_sizes)
 assert train.train(config, workdir)
 trained = pretrained.load(workdir)
 labels = np.arange(24, dtype=np.int32) % 10
-batching = samplers.Batching(sharding.make_mesh(**config.mesh), 16, jax.random.key(0), 4.0)
+batching = samplers.Batching(16, jax.random.key(0), 4.0)
 x = {}
 for name, changes in {"stream": {}, "lockstep": {"streaming": False}, "heun": {"rule": "heun"}}.items():
   row = config.samplers.gd.copy_and_resolve_references()
