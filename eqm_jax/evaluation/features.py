@@ -20,7 +20,6 @@ from eqm_jax.networks.classifier import Classifier
 
 NAMES = ("raw", "classifier", "inception")
 OF_IMAGES = ("classifier", "inception")
-RESIZES = ("tf1", "half_pixel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +51,8 @@ def check(options: ml_collections.ConfigDict):
   if "inception" not in options.features:
     return
   wanted = options.inception
-  if wanted.resize not in RESIZES:
-    raise ValueError(f"evaluation.inception.resize = {wanted.resize!r} is not one of {', '.join(RESIZES)}")
+  if wanted.resize not in inception.RESIZES:
+    raise ValueError(f"evaluation.inception.resize = {wanted.resize!r} is not one of {', '.join(inception.RESIZES)}")
   if wanted.dtype != "float32":
     raise ValueError(
       f"evaluation.inception.dtype = {wanted.dtype!r}: reported numbers are computed in float32 only; "

@@ -9,8 +9,7 @@ import runpy
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_torch_file import legacy_file, legacy_state_dict, legacy_tensor
+from conftest import ROOT, legacy_file, legacy_state_dict, legacy_tensor
 
 from eqm_jax.convert import inception as convert
 from eqm_jax.networks import inception

@@ -1,11 +1,11 @@
 import os
 import pickle
-import struct
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import legacy_file, legacy_state_dict, legacy_tensor
 
 from eqm_jax.convert import torch_file
 
@@ -14,39 +14,6 @@ def write_pickle(path, data: bytes):
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("archive/data.pkl", data)
     archive.writestr("archive/byteorder", "little")
-
-
-def legacy_file(body: bytes, storages: dict[str, np.ndarray], **changed) -> bytes:
-  """A file of the format before PyTorch 1.6, as torch.save wrote it: `body` is the pickle of the objects."""
-  parts = {
-    "magic": 0x1950A86A20F9469CFC6C,
-    "version": 1001,
-    "system": {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}},
-    "body": body,
-    "keys": list(storages),
-    **changed,
-  }
-  data = b"".join(part if name == "body" else pickle.dumps(part, protocol=2) for name, part in parts.items())
-  for array in storages.values():
-    data += struct.pack("<q", array.size) + array.tobytes()
-  return data
-
-
-def legacy_tensor(
-  storages: dict[str, np.ndarray], key: str, offset=0, shape=(), stride=(), view: bytes = b"N"
-) -> bytes:
-  """The opcodes of one tensor, in their readable form of protocol 0."""
-  kind = {dtype: name for name, dtype in torch_file.STORAGES.items()}[storages[key].dtype]
-  numbers = [b"(" + b"".join(b"I%d\n" % number for number in numbers) + b"t" for numbers in (shape, stride)]
-  storage = b"(Vstorage\nctorch\n%s\nV%s\nVcpu\nI%d\n%stQ" % (kind.encode(), key.encode(), storages[key].size, view)
-  arguments = storage + b"I%d\n" % offset + b"".join(numbers) + b"I00\nccollections\nOrderedDict\n)R"
-  return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
-
-
-def legacy_state_dict(tensors: dict[str, bytes]) -> bytes:
-  """The pickle of an OrderedDict with `_metadata`, as a module's state dict has it."""
-  items = b"".join(b"V%s\n" % name.encode() + opcodes for name, opcodes in tensors.items())
-  return b"ccollections\nOrderedDict\n)R(" + items + b"u}V_metadata\n}V\n}Vversion\nI1\nsssb."
 
 
 LEGACY_STORAGES = {

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -241,11 +242,17 @@ def test_samples_that_cannot_be_compared_are_told(
     run(tiny_config, *model_and_params, batching, tmp_path)
 
 
-# An evaluation on some number of pretended devices, and what came out.
+# An evaluation on some number of pretended devices, or by one of several processes, and what came out.
 PROGRAM = """
 import json, sys
 import jax, numpy as np
 from conftest import load_config
+
+directory, process, processes, port = sys.argv[1], *map(int, sys.argv[2:])
+if processes > 1:
+  jax.distributed.initialize(f"localhost:{port}", processes, process)
+
+from eqm_jax import devices
 from eqm_jax.data import shipped
 from eqm_jax.evaluation import comparison, evaluate, samplers
 from eqm_jax.networks.dit import DiT
@@ -261,34 +268,60 @@ config.samplers.nag.streaming = False
 model = DiT(**config.model)
 params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 1)), np.zeros(1, np.int32))["params"]
 rng = np.random.default_rng(0)
-params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), params)
+params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), jax.device_get(params))
 source = shipped.digits()
 known = comparison.Comparison(config.evaluation, source, source, 1)
-report = evaluate.evaluate(config, model, params, known, samplers.Batching(4, jax.random.key(0), 4.0), sys.argv[1], {})
-json.dump({"devices": jax.device_count(), "report": report}, sys.stdout)
+report = evaluate.evaluate(config, model, params, known, samplers.Batching(4, jax.random.key(0), 4.0), directory, {})
+third = devices.from_all(np.asarray([1 / 3 + process, 1e300]))
+json.dump({"devices": jax.device_count(), "report": report, "third": third.tolist()}, sys.stdout)
 """
 
 
-def test_one_device_and_eight_give_the_same_bits(tmp_path):
-  found = {}
-  for count in (1, 8):
-    environment = {
-      "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
-    }  # fmt: skip
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / str(count))]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    output = json.loads(finished.stdout)
-    assert output["devices"] == count
-    found[count] = output["report"]
-  assert found[1]["features"] == found[8]["features"]
-  evaluations = found[1]["rows"]["adaptive"]["evaluations"]
+def start(directory, *, devices: int = 1, process: int = 0, processes: int = 1, port: int = 0) -> subprocess.Popen:
+  environment = {
+    "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+  }  # fmt: skip
+  command = [sys.executable, "-c", PROGRAM, str(directory), *map(str, (process, processes, port))]
+  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> dict:
+  output, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
+  return json.loads(output.splitlines()[-1])  # gloo writes a line of its own before
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory) -> dict:
+  return finish(start(tmp_path_factory.mktemp("one")))["report"]
+
+
+def assert_same_bits(report: dict, expected: dict):
+  evaluations = expected["rows"]["adaptive"]["evaluations"]
   assert evaluations["q0"] < evaluations["q100"], "the samples should differ"
-  for name, row in found[1]["rows"].items():
-    other = found[8]["rows"][name]
+  assert report["features"] == expected["features"]
+  for name, row in expected["rows"].items():
+    other = report["rows"][name]
     assert row["scores"] == other["scores"], name
     assert row["evaluations"] == other["evaluations"] and row["label_agreement"] == other["label_agreement"]
+
+
+def test_one_device_and_eight_give_the_same_bits(tmp_path, on_one_device):
+  found = finish(start(tmp_path, devices=8))
+  assert found["devices"] == 8
+  assert_same_bits(found["report"], on_one_device)
+
+
+def test_two_processes_share_the_samples_and_give_the_same_bits(tmp_path, on_one_device):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  both = [start(tmp_path, process=process, processes=2, port=port) for process in range(2)]
+  first, second = (finish(process) for process in both)
+  assert first["devices"] == 2 and second["report"] is None
+  assert first["third"] == second["third"] == [[1 / 3, 1e300], [1 / 3 + 1, 1e300]], "float64, unrounded"
+  assert_same_bits(first["report"], on_one_device)
 
 
 def test_the_classifier_knows_digits_and_not_shuffled_labels():
