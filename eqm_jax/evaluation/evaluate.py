@@ -6,6 +6,7 @@ the samples of adaptive ones used, and the way of some samples; for points of th
 samples over the data, and the landscape. While it works, `units/` has what is done.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
@@ -212,6 +213,8 @@ def evaluate(
     file.write(tables.markdown(report))
   for parts in series.values():
     parts.remove()
+  with contextlib.suppress(OSError):  # another evaluation has its units there
+    os.rmdir(os.path.join(directory, UNITS))
   return report
 
 

@@ -39,7 +39,7 @@ def _samplers(report: dict[str, Any]) -> str:
 
 def _scores(name: str, about: dict[str, Any], rows: dict[str, Any]) -> str:
   there = [score for score in SCORES if any(score in row["scores"][name] for row in rows.values())]
-  told = ", ".join(f"{key} {value}" for key, value in about.items() if key not in ("name", "real"))
+  told = ", ".join(f"{key} {_short(value)}" for key, value in about.items() if key not in ("name", "real"))
   halves = about["real"].get("frechet_between_halves")
   lines = [
     f"Features: {name}{f' ({told})' if told else ''}; {about['real'].get('samples', 'unknown many')} real samples"
@@ -50,6 +50,10 @@ def _scores(name: str, about: dict[str, Any], rows: dict[str, Any]) -> str:
   for sampler, row in rows.items():
     lines.append(_line([sampler, *(_cell(row["scores"][name], score) for score in there)]))
   return "\n".join(lines) + "\n"
+
+
+def _short(value: Any) -> str:
+  return f"{value:.3f}" if isinstance(value, float) else str(value)[:12]
 
 
 def _cell(found: dict[str, float], score: str) -> str:

@@ -20,6 +20,7 @@ class Classifier(nn.Module):
     for _ in range(2):
       x = nn.relu(nn.Conv(WIDTH, (3, 3), strides=2, precision="highest")(x))
     pool = nn.relu(nn.Dense(WIDTH, precision="highest")(x.reshape(len(x), -1)))
+    pool = nn.LayerNorm(use_bias=False, use_scale=False)(pool)  # of a known size: the kernel distance depends on it
     logits = nn.Dense(self.num_classes, precision="highest")(pool)
     spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
     return {"pool": pool, "spatial": spatial, "logits": logits.astype(jnp.float32)}
