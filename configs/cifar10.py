@@ -4,8 +4,9 @@ Command:   python -m eqm_jax.main --config=configs/cifar10.py --workdir=runs/cif
 Hardware:  one accelerator; not run by us. 36 GFLOP per image and step: 400,000 steps of 256 take an
            estimated 10 hours at half of the peak of one v5e chip (197 TFLOP/s, bfloat16).
 Expected:  the paper's FID is 3.36, without classes and with a U-Net; this is a transformer with classes, which
-           nobody has measured. The evaluation here is the Fréchet distance of raw pixels.
-Data:      a TFDS build of cifar10 under data/tfds (docs/data.md): 50,000 training images.
+           nobody has measured.
+Data:      a TFDS build of cifar10 under data/tfds (docs/data.md): 50,000 training images, with which samples are
+           compared in Inception's features (docs/evaluation.md tells where its weights are).
 """
 
 import ml_collections
@@ -98,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation = config_dict.create(
     samples=10_000,  # 0: none
     batch_size=512,  # samples in flight on each device
-    unit=1000,  # samples that a device draws as a whole; a killed evaluation goes on after the last
+    unit=1000,  # samples that a device draws as a whole; a killed evaluation goes on after these
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     labels="balanced",  # "balanced": every class in turn; or "random"

@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     raise ValueError(f"configs/digits.py has no variant {variant!r}: choose one of {', '.join(VARIANTS[1:])} or none")
   smoke = variant == "smoke"
   flow_matching = variant.startswith("flow_matching")
+  timed = variant == "samplers"
   default_sampler = {"flow_matching": "euler", "flow_matching_untimed": "gd", "samplers": "streaming"}.get(
     variant, "adaptive"
   )
@@ -107,7 +108,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.evaluation = config_dict.create(
     samples=40 if smoke else 1797,  # 0: none
     batch_size=40 if smoke else 200,  # samples in flight on each device
-    unit=40 if smoke else 600,  # samples that a device draws as a whole; a killed evaluation goes on after the last
+    unit=40
+    if smoke
+    else 1797
+    if timed
+    else 600,  # samples that a device draws as a whole; a killed evaluation goes on after these
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     labels="balanced",  # "balanced": every class in turn; or "random"
@@ -131,9 +136,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     ),
     label_agreement=True,  # fit a classifier to the real images and ask it about the samples
     # The sampler whose descent is drawn, or "none".
-    pictured="none" if flow_matching or variant == "samplers" else "adaptive",
+    pictured="none" if flow_matching or timed else "adaptive",
     # Samplers whose speed is compared: drawn again in turn, the median time is reported.
-    timed=("fixed", "lockstep", "streaming") if variant == "samplers" else (),
+    timed=("fixed", "lockstep", "streaming") if timed else (),
     repeats=3,  # how often
   )
   config.sample = config_dict.create(  # of --mode=sample

@@ -12,8 +12,12 @@ Hardware:  a TPU slice or GPUs; not run by us yet. XL/2 takes 0.71 TFLOP per ima
 Expected:  the paper's figures (FID of 50,000 samples). XL/2, 1,400 epochs, with guidance: 1.90.
            B/2, 80 epochs (400,000 steps), without guidance: 32.85. The loss of B/2 flattens near
            10.3; that is normal, see `relative_loss` in the metrics.
+           With the authors' checkpoints, without training and without ImageNet (docs/evaluation.md):
+           --config=configs/imagenet256.py:B/2 --mode=evaluate --checkpoint=EqM-B-2.pt for 32.85,
+           --config=configs/imagenet256.py:XL/2 --mode=evaluate --checkpoint=EqM-XL-2.pt for 1.90.
 Data:      docs/data.md tells what to download: the images to data/imagenet/train, Stable
-           Diffusion's autoencoder to data/sd-vae-ft-ema.
+           Diffusion's autoencoder to data/sd-vae-ft-ema; docs/evaluation.md the same of
+           Inception's weights and ADM's statistics. --config.evaluation.samples=0 does without them.
 """
 
 import ml_collections
@@ -138,7 +142,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
   config.evaluation = config_dict.create(
     samples=50_000,  # 0: none
     batch_size=64,  # samples in flight on each device
-    unit=512,  # samples that a device draws as a whole; a killed evaluation goes on after the last
+    unit=512,  # samples that a device draws as a whole; a killed evaluation goes on after these
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     labels="random",  # "balanced": every class in turn; or "random"

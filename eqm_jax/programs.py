@@ -61,9 +61,9 @@ def _train(config, workdir, checkpoint):
   if not config.evaluation.samples:
     train.train(config, workdir, codec)
     return
-  quality.check(config)
-  batching = _batching(config, config.evaluation, codec)
-  known = _known(config, DiT(**config.model), batching)  # a mistake in the evaluation is told before the training
+  model, batching = DiT(**config.model), _batching(config, config.evaluation, codec)
+  quality.check(config, model, batching)
+  known = _known(config, model, batching)  # a mistake in the evaluation is told before the training
   if train.train(config, workdir, codec, known, batching):
     _write_evaluation(config, workdir, None, _load(config, workdir, None, config.evaluation.weights), known, batching)
 
@@ -238,4 +238,5 @@ def _batching(config, options, codec: Codec | None) -> samplers.Batching:
     multiplier=evaluate.schedule_of(config).multiplier,
     decode=codec.decode if codec else None,
     autoencoder=f"{codec.name} {codec.identity['sha256']}" if codec else "",
+    decoder_dtype=codec.module.dtype if codec else "",
   )

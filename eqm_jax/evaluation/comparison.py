@@ -92,7 +92,7 @@ class Comparison:
       "batch_size": batching.batch_size,
       "multiplier": batching.multiplier,
       "model": {**dit.attributes(model), "sha256": fingerprint(params)},
-      "autoencoder": batching.autoencoder,
+      "autoencoder": f"{batching.autoencoder} {batching.decoder_dtype}",
       "features": [space.identity for space, _ in self._spaces],
       "label_agreement": options.label_agreement,
       "npz": options.npz,

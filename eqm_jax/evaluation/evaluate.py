@@ -98,9 +98,10 @@ def rows_of(config: ml_collections.ConfigDict) -> list[str]:
 
 def needs(config: ml_collections.ConfigDict) -> tuple[bool, bool]:
   """Whether real samples, and whether real images, are needed: ADM's statistics make both needless."""
-  options = config.evaluation
+  options, model = config.evaluation, config.model
+  in_plane = (model.input_size, model.input_size, model.channels) == plane.SHAPE
   return (
-    "raw" in options.features or options.label_agreement or config.model.channels * config.model.input_size == 2,
+    "raw" in options.features or options.label_agreement or in_plane,
     "classifier" in options.features or ("inception" in options.features and not options.inception.reference),
   )
 
@@ -151,7 +152,8 @@ def evaluate(
     "labels": options.labels,
     "seed": options.seed,
     "weights": {**origin, "kind": options.weights, "sha256": fingerprint(params)},
-    "precision": {"network": model.dtype, "sampler": "float32", "features": "float32", "distances": "float64"},
+    "precision": {"network": model.dtype, "sampler": "float32", "features": "float32", "distances": "float64"}
+    | ({"decoder": batching.decoder_dtype} if batching.decode else {}),
     "autoencoder": batching.autoencoder or None,
     "features": known.describe(),
     "versions": {"eqm_jax": eqm_jax.__version__, "python": platform.python_version()}
@@ -195,8 +197,10 @@ def evaluate(
   seconds = {name: [report["rows"][name]["seconds"]] for name in options.timed if name in series}
   for _ in range(options.repeats - 1):
     for name in seconds:
-      drawn = samplers.draw(name, config.samplers[name], model, params, label_N, batching)
-      seconds[name].append(drawn.seconds)
+      again = samplers.draw_units(
+        name, config.samplers[name], model, params, label_N, batching, options.unit, series[name].numbers
+      )
+      seconds[name].append(sum(drawn.seconds for _, drawn in again))
   for name, row in report["rows"].items():
     row["seconds"] = float(np.median(seconds.get(name, row["seconds"])))
     row["images_per_second"] = options.samples / row["seconds"]

@@ -56,6 +56,14 @@ def score_boxes(groups: Mapping[str, np.ndarray], label: str) -> Image.Image:
   return rendered(drawn)
 
 
+def score_curve(step_N: Sequence[int], score_N: Sequence[float], error_N: Sequence[float], label: str) -> Image.Image:
+  """A score over the steps of a training, with its standard errors."""
+  drawn, axes = figure(6, 3)
+  axes.errorbar(step_N, score_N, yerr=error_N, marker="o", capsize=3)
+  axes.set(xlabel="training step", ylabel=label, yscale="log")
+  return rendered(drawn)
+
+
 def norm_curves(norms_KxB: np.ndarray, evaluations_B: np.ndarray, threshold: float) -> Image.Image:
   """‖f‖ of some samples at each of their evaluations, as far as they went."""
   drawn, axes = figure(6, 3)

@@ -32,6 +32,7 @@ class Batching:
   multiplier: float  # λ of the field
   decode: Callable[[np.ndarray], np.ndarray] | None = None  # latents → images (uint8), where samples are latents
   autoencoder: str = ""  # that decodes: its name and sha256; "": the samples are not decoded
+  decoder_dtype: str = ""  # of its convolutions
 
   @property
   def ways(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from eqm_jax import devices
-from eqm_jax.evaluation import evaluate, samplers
+from eqm_jax.evaluation import evaluate, pictures, samplers
 from eqm_jax.evaluation.comparison import Comparison
 from eqm_jax.evaluation.parts import Parts
 from eqm_jax.files import read_json, write_json
@@ -20,12 +20,14 @@ from eqm_jax.training import sharding
 from eqm_jax.training.metrics import MetricWriter
 
 FILE = "best.json"  # in the workdir: the scores so far, and the step of the best
+PICTURE = "best.png"  # the distances over the steps
 
 log = logging.getLogger(__name__)
 
 
 class Quality:
-  """The scores of a run. The best step is that of the lowest Fréchet distance in the first kind of features.
+  """The scores of a run, in best.json and best.png. The best step has the lowest Fréchet distance
+  in the first kind of features.
 
   Samples are drawn between two training steps, by every process on its own devices. They are compared in a thread of
   the first process while training goes on: eigenvalues of large matrices take long, and no device.
@@ -99,12 +101,21 @@ class Quality:
       return
     best = {"step": self.best, "frechet": self._distance(self._scores[self.best])}
     write_json(self._path, {"best": best, "features": self._options.features[0], "scores": self._scores})
+    self._draw()
     flat = {f"{space}/{score}": value for space, scores in found.items() for score, value in scores.items()}
     writer.write_scores(step, {name: value for name, value in flat.items() if value is not None})
 
   def close(self):
     """Waits for nothing."""
     self._thread.shutdown(wait=False, cancel_futures=True)
+
+  def _draw(self):
+    space = self._options.features[0]
+    steps = sorted(self._scores)
+    found = [self._scores[step][space] for step in steps]
+    errors = [one.get("frechet_error") or 0.0 for one in found]
+    curve = pictures.score_curve(steps, [one["frechet"] for one in found], errors, f"Fréchet distance ({space})")
+    curve.save(os.path.join(os.path.dirname(self._path), PICTURE))
 
   def _compare(self, parts: Parts) -> dict[str, Any] | None:
     parts.wait()
@@ -120,8 +131,8 @@ class Quality:
     return found[self._options.features[0]]["frechet"]
 
 
-def check(config: ml_collections.ConfigDict):
-  """Refuses numbers of evaluation.during_training that cannot be.
+def check(config: ml_collections.ConfigDict, model: DiT, batching: samplers.Batching):
+  """Refuses settings of evaluation.during_training that cannot be.
 
   Raises:
     ValueError: naming the key and the value.
@@ -137,3 +148,5 @@ def check(config: ml_collections.ConfigDict):
       f"evaluation.during_training.sampler = {options.sampler!r} is not one of the samplers: "
       + ", ".join(config.samplers)
     )
+  if options.every:
+    samplers.check(options.sampler, config.samplers[options.sampler], model, batching)

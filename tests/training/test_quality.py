@@ -5,6 +5,7 @@ import pytest
 
 from eqm_jax.data import shipped
 from eqm_jax.evaluation import comparison, samplers
+from eqm_jax.networks.dit import DiT
 from eqm_jax.training import checkpoint, pretrained, quality, train
 
 
@@ -34,6 +35,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(config, tmp_path, monkeyp
   best = json.loads((tmp_path / "best.json").read_text())
   assert best["best"] == {"step": 6, "frechet": 2.0} and best["features"] == "raw"
   assert checkpoint.steps(str(tmp_path)) == [6, 12], "the best and the newest"
+  assert (tmp_path / "best.png").stat().st_size > 1000
   loaded, newest = (pretrained.load(str(tmp_path / end)) for end in ("checkpoints/6", ""))
   assert loaded.step == 6 and newest.step == 12
   kernels = [one.params["blocks"]["qkv"]["kernel"] for one in (loaded, newest)]
@@ -89,4 +91,4 @@ def test_samples_that_cannot_be_compared_end_no_run(config, tmp_path, monkeypatc
 def test_bad_numbers_are_refused(config, changes, text):
   config.evaluation.during_training.update(changes)
   with pytest.raises(ValueError, match=text):
-    quality.check(config)
+    quality.check(config, DiT(**config.model), samplers.Batching(10, jax.random.key(0), 4.0))
