@@ -58,10 +58,16 @@ def wait_for_all(what: str):
     multihost_utils.sync_global_devices(what)
 
 
+def from_first(tree: Any) -> Any:
+  """A tree of float32 arrays as the first process has them."""
+  if jax.process_count() == 1:
+    return tree
+  return jax.device_get(multihost_utils.broadcast_one_to_all(tree))
+
+
 def from_all(array: np.ndarray) -> np.ndarray:
   """The array of every process, [processes, ...], bit for bit: JAX itself would round float64."""
   if jax.process_count() == 1:
     return array[None]
-  array = np.ascontiguousarray(array)
   words = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint32))
   return np.frombuffer(np.ascontiguousarray(words).tobytes(), array.dtype).reshape(-1, *array.shape)

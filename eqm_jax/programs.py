@@ -55,15 +55,20 @@ def _train(config, workdir, checkpoint):
       f"--checkpoint={checkpoint} is for the modes that use a model; training resumes in its workdir, "
       "and starts from other weights with --config.train.init_from"
     )
+  evaluates, model = config.evaluation.samples > 0, DiT(**config.model)
+  if evaluates:  # a mistake in the evaluation is told before anything takes long
+    evaluate.check_options(config, model, batching := _batching(config, config.evaluation, model, None))
+    quality.check(config, model, batching)
+  else:
+    log.info("evaluation.samples = 0: nothing is evaluated, not during training either")
   if "prepare" in config:
     prepare.prepare(config)
   codec = pretrained.open_codec(config.autoencoder)
-  if not config.evaluation.samples:
+  if not evaluates:
     train.train(config, workdir, codec)
     return
-  model, batching = DiT(**config.model), _batching(config, config.evaluation, codec)
-  quality.check(config, model, batching)
-  known = _known(config, model, batching)  # a mistake in the evaluation is told before the training
+  batching = _batching(config, config.evaluation, model, codec)
+  known = _known(config, model, batching)
   if train.train(config, workdir, codec, known, batching):
     _write_evaluation(config, workdir, None, _load(config, workdir, None, config.evaluation.weights), known, batching)
 
@@ -79,7 +84,7 @@ def _prepare(config, workdir, checkpoint):
 def _evaluate(config, workdir, checkpoint):
   features.check(config.evaluation)
   model = _load(config, workdir, checkpoint, config.evaluation.weights)
-  batching = _batching(config, config.evaluation, _codec_of(config, model))
+  batching = _batching(config, config.evaluation, model.model, _codec_of(config, model))
   known = _known(config, model.model, batching, model.autoencoder)
   _write_evaluation(config, workdir, checkpoint, model, known, batching)
 
@@ -97,7 +102,7 @@ def _known(config, model: DiT, batching, autoencoder=None) -> comparison.Compari
   samples, images = evaluate.needs(config)
   source, images = _source(config) if samples else None, _images(config) if images else None
   check_same_autoencoder("the model", autoencoder, source.autoencoder if source else None)
-  evaluate.check_data(config, model, source, images)
+  evaluate.check_data(config, model, source, images, batching)
   return comparison.Comparison(config.evaluation, source, images, config.data.threads)
 
 
@@ -123,7 +128,11 @@ def _sample(config, workdir, checkpoint):
   model = _load(config, workdir, checkpoint, config.sample.weights)
   directory = os.path.join(workdir, "samples")
   sample.sample(
-    config, model.model, model.params, _batching(config, config.sample, _codec_of(config, model)), directory
+    config,
+    model.model,
+    model.params,
+    _batching(config, config.sample, model.model, _codec_of(config, model)),
+    directory,
   )
   log.info("samples: %s", directory)
 
@@ -146,7 +155,7 @@ def _ood(config, workdir, checkpoint):
 
 def _compose(config, workdir, checkpoint):
   model = _load(config, workdir, checkpoint, config.tasks.weights)
-  options, batching = config.tasks.compose, _batching(config, config.tasks, _codec_of(config, model))
+  options, batching = config.tasks.compose, _batching(config, config.tasks, model.model, _codec_of(config, model))
   inputs.check_options(config.tasks)
   compose.check(options, model.model)
   terms = []
@@ -193,7 +202,7 @@ def _task(config, workdir, checkpoint, noisy=False):
   """(model, images, data set, batching) of a task."""
   model, source = _load(config, workdir, checkpoint, config.tasks.weights), _source(config)
   check_same_autoencoder("the model", model.autoencoder, source.autoencoder)
-  batching = _batching(config, config.tasks, _codec_of(config, model))
+  batching = _batching(config, config.tasks, model.model, _codec_of(config, model))
   inputs.check_options(config.tasks)
   return model, inputs.open_inputs(config.tasks, source, model.model, noisy), source, batching
 
@@ -227,11 +236,10 @@ def _codec_of(config, model: pretrained.Pretrained) -> Codec | None:
   codec = pretrained.open_codec(config.autoencoder)
   if codec:
     check_same_autoencoder("the model", model.autoencoder, codec.identity)
-    codec.check_decodes(model.model.input_shape)
   return codec
 
 
-def _batching(config, options, codec: Codec | None) -> samplers.Batching:
+def _batching(config, options, model: DiT, codec: Codec | None) -> samplers.Batching:
   return samplers.Batching(
     batch_size=options.batch_size,
     key=state.stream_key(options.seed, "samples"),
@@ -239,4 +247,5 @@ def _batching(config, options, codec: Codec | None) -> samplers.Batching:
     decode=codec.decode if codec else None,
     autoencoder=f"{codec.name} {codec.identity['sha256']}" if codec else "",
     decoder_dtype=codec.module.dtype if codec else "",
+    image_shape=codec.image_shape(model.input_shape) if codec else None,
   )

@@ -44,9 +44,13 @@ class Codec:
     """
     return self._shapes("encode", image_shape)[0].shape[1:]
 
-  def check_decodes(self, latent_shape: tuple[int, int, int]):
-    """Refuses, as a ValueError, samples that are none of its latents."""
-    self._shapes("decode", latent_shape)
+  def image_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(H, W, C) of the images that latents (h, w, c) decode to.
+
+    Raises:
+      ValueError: if they are none of its latents.
+    """
+    return self._shapes("decode", latent_shape).shape[1:]
 
   def _shapes(self, method: str, shape: tuple[int, int, int]) -> Any:
     """What a method answers to one array of `shape`, without computing it."""

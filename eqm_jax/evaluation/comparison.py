@@ -9,7 +9,7 @@ import numpy as np
 
 from eqm_jax.convert.fingerprint import fingerprint
 from eqm_jax.data.samples import Source
-from eqm_jax.evaluation import agreement, distances, features, pictures, real, samplers, scores
+from eqm_jax.evaluation import agreement, distances, features, pictures, plane, real, samplers, scores
 from eqm_jax.evaluation.parts import Parts
 from eqm_jax.networks import dit
 
@@ -35,6 +35,9 @@ class Comparison:
     """
     self._options = options
     self._in_pixels = source is not None and real.is_pixels(source)
+    self.in_plane = source is not None and source.shape == plane.SHAPE
+    # What a classifier is fitted to decides what it sees.
+    self._fitted_to = {"contents": source.contents, "samples": len(source)} if options.label_agreement else None
     some = real.some(source) if source is not None else None
     self.real_N = real.arrays(source, some, threads) if source is not None else None  # at most MANY of them
     self._classifier = agreement.Classifier(self.real_N, source.labels[some]) if options.label_agreement else None
@@ -84,27 +87,32 @@ class Comparison:
     Returns:
       The series. In a run of several processes each draws its share: `Parts.wait` for the others.
     """
-    options = self._options
     about = {
-      "row": row.to_dict(),
-      "seed": options.seed,
-      "labels": options.labels,
-      "batch_size": batching.batch_size,
-      "multiplier": batching.multiplier,
+      **self.settings(row, batching),
       "model": {**dit.attributes(model), "sha256": fingerprint(params)},
-      "autoencoder": f"{batching.autoencoder} {batching.decoder_dtype}",
-      "features": [space.identity for space, _ in self._spaces],
-      "label_agreement": options.label_agreement,
-      "npz": options.npz,
-      "computed_with": f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
+      "npz": self._options.npz,
+      "agreement_with": self._fitted_to,
     }
-    parts = Parts(directory, name, about, len(label_N), options.unit)
-    missing = parts.missing()
-    if len(missing) < len(parts.numbers):
-      log.info("%s: goes on with %d of %d units of samples", name, len(missing), len(parts.numbers))
-    for number, drawn in samplers.draw_units(name, row, model, params, label_N, batching, options.unit, missing):
+    parts = Parts(directory, name, about, len(label_N), self._options.unit)
+    own, missing = parts.own(), parts.missing()
+    if len(missing) < len(own):
+      log.info("%s: goes on with %d of %d units of samples", name, len(missing), len(own))
+    for number, drawn in samplers.draw_units(name, row, model, params, label_N, batching, parts.size, missing):
       parts.write(number, self._measured(drawn, number, batching))
     return parts
+
+  def settings(self, row: ml_collections.ConfigDict, batching: samplers.Batching) -> dict[str, Any]:
+    """All that samples and their features depend on, but for the weights and the number of samples."""
+    return {
+      "row": row.to_dict(),
+      "seed": self._options.seed,
+      "labels": self._options.labels,
+      "batch_size": batching.batch_size,
+      "multiplier": batching.multiplier,
+      "autoencoder": f"{batching.autoencoder} {batching.decoder_dtype}",
+      "features": [space.identity for space, _ in self._spaces],
+      "computed_with": f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
+    }
 
   def scores(self, parts: Parts) -> dict[str, dict[str, float]]:
     """The scores of a finished series, for each kind of features.
@@ -112,11 +120,18 @@ class Comparison:
     Raises:
       ValueError: if the samples cannot be compared: not finite, or all the same.
     """
+    finite_N = parts.array("finite")
+    if not np.all(finite_N):
+      raise ValueError(f"{np.sum(~finite_N)} of {len(finite_N)} samples are not finite: did they diverge?")
     found, there = {}, parts.names()
     for space, known in self._spaces:
       kinds = [name for name in there if name.startswith(f"{space.name}.")]
       found[space.name] = scores.scores({name.split(".")[1]: parts.array(name) for name in kinds}, known)
     return found
+
+  def shown(self, parts: Parts) -> np.ndarray:
+    """The first samples of a series, as a picture shows them."""
+    return np.concatenate([parts.read("shown", number) for number in parts.numbers[: -(-SHOWN // parts.size)]])
 
   def label_agreement(self, parts: Parts, label_N: np.ndarray) -> float | None:
     """How often the classifier of real samples sees the class that was asked for; None: it was not asked."""
@@ -131,19 +146,21 @@ class Comparison:
       "restarts": result.restarts_B,
       "seconds": np.asarray([drawn.seconds]),
       "hardware": np.asarray([drawn.hardware_evaluations]),
+      "finite": np.all(np.isfinite(result.x), axis=(1, 2, 3)),
     }
     shown = max(0, min(SHOWN - number * options.unit, len(result.x)))
     in_images = any(space.name in features.OF_IMAGES for space, _ in self._spaces)
     whole = in_images or options.npz
     pixels = batching.pixels(result.x[: None if whole else shown]) if whole or shown else result.x[:0]
-    images = pictures.to_uint8(np.nan_to_num(pixels)) if whole else pixels
+    images = pictures.to_uint8(np.nan_to_num(pixels)) if whole else pixels  # what is not finite is told later
     for space, _ in self._spaces:
       extracted = space.extract(images if space.name in features.OF_IMAGES else result.x)
       arrays |= {f"{space.name}.{kind}": array for kind, array in extracted.items()}
     if self._classifier:
       x = np.nan_to_num(result.x)
       arrays["seen"] = self._classifier.predict(np.clip(x, -1, 1) if self._in_pixels else x)
-    arrays["shown"] = pixels[:shown]
+    if shown:
+      arrays["shown"] = pixels[:shown]
     if options.npz:
       arrays["image"] = images
     return arrays

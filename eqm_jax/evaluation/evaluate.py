@@ -23,7 +23,7 @@ from eqm_jax import devices
 from eqm_jax.convert.fingerprint import fingerprint
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import objective, sampler
-from eqm_jax.evaluation import comparison, features, paths, pictures, plane, samplers, tables
+from eqm_jax.evaluation import comparison, features, paths, pictures, plane, real, samplers, tables
 from eqm_jax.evaluation.parts import Parts
 from eqm_jax.files import write_json
 from eqm_jax.networks.dit import DiT
@@ -59,6 +59,10 @@ def check_options(config: ml_collections.ConfigDict, model: DiT, batching: sampl
       f"evaluation.repeats = {options.repeats} must be at least 1, and evaluation.timed = {options.timed} "
       f"some of the samplers that are evaluated: {', '.join(rows_of(config))}"
     )
+  if options.timed and devices.process()[1] > 1:
+    raise ValueError(f"evaluation.timed = {options.timed}: speed is compared in one process")
+  if "inception" in options.features and options.inception.reference:
+    real.check_path(options.inception.reference)
   if options.weights not in ("ema", "model"):
     raise ValueError(f"evaluation.weights = {options.weights!r} is neither 'ema' nor 'model'")
   for name in rows_of(config):
@@ -68,13 +72,20 @@ def check_options(config: ml_collections.ConfigDict, model: DiT, batching: sampl
   check_pictured("evaluation.pictured", options.pictured, config.samplers)
 
 
-def check_data(config: ml_collections.ConfigDict, model: DiT, source: Source | None, images: Source | None):
+def check_data(
+  config: ml_collections.ConfigDict,
+  model: DiT,
+  source: Source | None,
+  images: Source | None,
+  batching: samplers.Batching,
+):
   """Refuses real data that the samples of a model cannot be compared with.
 
   Args:
     config: the whole config.
     model: what is sampled.
     source, images: the real samples, and the real images, where `needs` asks for them.
+    batching: how samples are drawn and decoded.
 
   Raises:
     ValueError: naming both.
@@ -85,10 +96,19 @@ def check_data(config: ml_collections.ConfigDict, model: DiT, source: Source | N
       f"{source.shape} of {source.num_classes}: they cannot be compared. A model of latents is evaluated against a "
       "cache of them (data.source = 'latents'), or in features of images (evaluation.features)"
     )
-  if "inception" in config.evaluation.features and images is not None and images.shape[2] != 3:
+  options, shape = config.evaluation, batching.image_shape or model.input_shape
+  if "inception" in options.features and shape[2] != 3:
     raise ValueError(
-      f"evaluation.features: 'inception' takes RGB images, but these have {images.shape[2]} channel: use 'classifier'"
+      f"evaluation.features: 'inception' takes RGB images, but the samples are {shape}: "
+      "name 'classifier' or 'raw', or, for latents, give the autoencoder.path that decodes them"
     )
+  if "classifier" in options.features and images.shape != shape:
+    raise ValueError(
+      f"evaluation.features: 'classifier' is fitted to images {images.shape}, but the samples are {shape}: "
+      "for latents, give the autoencoder.path that decodes them"
+    )
+  if options.npz and shape[2] not in (1, 3):
+    raise ValueError(f"evaluation.npz = True, but the samples are {shape}, no images: give the autoencoder.path")
 
 
 def rows_of(config: ml_collections.ConfigDict) -> list[str]:
@@ -144,10 +164,36 @@ def evaluate(
   Raises:
     ValueError: if the samples are not finite or all the same.
   """
-  options, in_plane = config.evaluation, model.input_shape == plane.SHAPE
+  options = config.evaluation
   os.makedirs(directory, exist_ok=True)
   label_N = samplers.LABELS[options.labels](options.samples, model.num_classes, options.seed)
-  report = {
+  series = {}
+  for name in rows_of(config):
+    row = config.samplers[name]
+    series[name] = known.draw(name, row, model, params, label_N, batching, os.path.join(directory, UNITS))
+  devices.wait_for_all("the samples are drawn")
+  try:
+    if devices.process()[0] != 0:
+      return None
+    report = _about(options, model, params, known, batching, origin)
+    for name, parts in series.items():
+      report["rows"][name] = _row(config, name, parts, known, label_N, batching, directory)
+    _write(report, directory)  # whatever comes after it, what took long is there
+    if options.timed:
+      _time(config, report["rows"], model, params, label_N, batching)
+      _write(report, directory)
+    _draw_way(config, model, params, known, batching, directory)
+    for parts in series.values():
+      parts.remove()
+    _tell_of_others(os.path.join(directory, UNITS))
+    return report
+  finally:  # a process that ended before the first one would be missed by it
+    devices.wait_for_all("the samples are compared")
+
+
+def _about(options, model: DiT, params: Any, known: comparison.Comparison, batching: samplers.Batching, origin):
+  """All that the numbers depend on."""
+  return {
     "samples": options.samples,
     "labels": options.labels,
     "seed": options.seed,
@@ -164,62 +210,77 @@ def evaluate(
     "rows": {},
   }
 
-  # ---------------------------------------------------------------- samples: every process draws its share
-  series = {}
-  for name in rows_of(config):
-    row = config.samplers[name]
-    series[name] = known.draw(name, row, model, params, label_N, batching, os.path.join(directory, UNITS))
-  devices.wait_for_all("the samples are drawn")
-  if devices.process()[0] != 0:
-    return None
 
-  # ---------------------------------------------------------------- one row for each sampler
-  for name, parts in series.items():
-    row, result = config.samplers[name], Counted.of(parts)
-    samplers.warn(name, row, result)
-    try:
-      found = {"scores": known.scores(parts)}
-    except ValueError as error:
-      raise ValueError(f"samplers.{name}: {error}") from error
-    if in_plane:
-      found |= plane.distances(parts.array("raw.pool").reshape(-1, *plane.SHAPE), known.real_N)
-    if options.label_agreement:
-      found["label_agreement"] = known.label_agreement(parts, label_N)
-    eta = {"eta": samplers.step_size_of(row, batching)} if samplers.is_descent(row) else {}
-    report["rows"][name] = {**row.to_dict(), **eta, **found, **_counts(result)}
-    report["rows"][name]["seconds"] = float(result.seconds.sum())
-    _log_row(name, report["rows"][name])
-    _draw_row(name, row, parts, result, in_plane, known, directory)
-    if options.npz:
-      parts.write_images(os.path.join(directory, f"{name}.npz"), label_N)
+def _row(config, name: str, parts: Parts, known: comparison.Comparison, label_N, batching, directory: str):
+  """What the report says of one sampler, and its pictures."""
+  row, options, result = config.samplers[name], config.evaluation, Counted.of(parts)
+  samplers.warn(name, row, result)
+  try:
+    found = {"scores": known.scores(parts)}
+  except ValueError as error:
+    raise ValueError(f"samplers.{name}: {error}") from error
+  points_N = parts.array("raw.pool").reshape(-1, *plane.SHAPE) if known.in_plane else None
+  if known.in_plane:
+    found |= plane.distances(points_N, known.real_N)
+  if options.label_agreement:
+    found["label_agreement"] = known.label_agreement(parts, label_N)
+  eta = {"eta": samplers.step_size_of(row, batching)} if samplers.is_descent(row) else {}
+  seconds = float(result.seconds.sum()) / devices.process()[1]  # processes draw at the same time
+  speed = {"seconds": seconds, "images_per_second": options.samples / seconds}
+  told = {**row.to_dict(), **eta, **found, **_counts(result), **speed}
+  _log_row(name, told)
+  shown = plane.scatter(points_N, known.real_N) if known.in_plane else pictures.grid(known.shown(parts), 10)
+  shown.save(os.path.join(directory, f"samples_{name}.png"))
+  if row.threshold > 0:
+    title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
+    histogram = pictures.evaluations_histogram(result.evaluations_B, row.max_evaluations, title)
+    histogram.save(os.path.join(directory, f"evaluations_{name}.png"))
+  if options.npz:
+    parts.write_images(os.path.join(directory, f"{name}.npz"), label_N)
+  return told
 
-  # ---------------------------------------------------------------- speed, in turn: what disturbs one disturbs all
-  seconds = {name: [report["rows"][name]["seconds"]] for name in options.timed if name in series}
+
+def _time(config, rows: dict[str, Any], model: DiT, params: Any, label_N: np.ndarray, batching: samplers.Batching):
+  """Draws samples again, the samplers in turn, so that what disturbs the machine for a while disturbs all alike."""
+  options = config.evaluation
+  seconds = {name: [rows[name]["seconds"]] for name in options.timed}
+  numbers = range(-(-options.samples // options.unit))
   for _ in range(options.repeats - 1):
     for name in seconds:
-      again = samplers.draw_units(
-        name, config.samplers[name], model, params, label_N, batching, options.unit, series[name].numbers
-      )
+      row = config.samplers[name]
+      again = samplers.draw_units(name, row, model, params, label_N, batching, options.unit, numbers)
       seconds[name].append(sum(drawn.seconds for _, drawn in again))
-  for name, row in report["rows"].items():
-    row["seconds"] = float(np.median(seconds.get(name, row["seconds"])))
-    row["images_per_second"] = options.samples / row["seconds"]
+  for name in seconds:
+    rows[name]["seconds"] = float(np.median(seconds[name]))
+    rows[name]["images_per_second"] = options.samples / rows[name]["seconds"]
 
-  # ---------------------------------------------------------------- the way of one sample per class
-  if options.pictured != "none" and in_plane:
-    row = config.samplers[options.pictured]
+
+def _draw_way(config, model: DiT, params: Any, known: comparison.Comparison, batching, directory: str):
+  """The way of one sample per class; in the plane, the landscape."""
+  if config.evaluation.pictured == "none":
+    return
+  row = config.samplers[config.evaluation.pictured]
+  if known.in_plane:
     plane.draw(row, model, params, known.real_N, schedule_of(config), batching, directory)
-  elif options.pictured != "none":
+  else:
     few = samplers.balanced_labels(min(max(1, model.num_classes), 10), model.num_classes)
-    paths.draw(config.samplers[options.pictured], model, params, few, batching, directory)
+    paths.draw(row, model, params, few, batching, directory)
+
+
+def _write(report: dict[str, Any], directory: str):
   write_json(os.path.join(directory, "evaluation.json"), report)
   with open(os.path.join(directory, "evaluation.md"), "w", encoding="utf-8") as file:
     file.write(tables.markdown(report))
-  for parts in series.values():
-    parts.remove()
-  with contextlib.suppress(OSError):  # another evaluation has its units there
-    os.rmdir(os.path.join(directory, UNITS))
-  return report
+
+
+def _tell_of_others(directory: str):
+  """Units of other evaluations may be wanted yet; they are not removed, but should not be forgotten."""
+  left = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+  if left:
+    log.info("%s has units of evaluations that were not finished: %s", directory, ", ".join(left))
+  else:
+    with contextlib.suppress(OSError):
+      os.rmdir(directory)
 
 
 def schedule_of(config: ml_collections.ConfigDict) -> objective.Schedule:
@@ -265,16 +326,3 @@ def _log_row(name: str, row: dict[str, Any]):
   told |= {score: row[score] for score in ("label_agreement", "to_data", "from_data") if score in row}
   text = "  ".join(f"{score} {value:.3f}" for score, value in told.items())
   log.info("%s  %s  evaluations %.1f  %.1f s", name, text, row["evaluations"]["mean"], row["seconds"])
-
-
-def _draw_row(name, row, parts: Parts, result: Counted, in_plane: bool, known: comparison.Comparison, directory: str):
-  """The pictures of a row."""
-  if in_plane:
-    shown = plane.scatter(parts.array("raw.pool").reshape(-1, *plane.SHAPE), known.real_N)
-  else:
-    shown = pictures.grid(parts.array("shown"), 10)
-  shown.save(os.path.join(directory, f"samples_{name}.png"))
-  if row.threshold > 0:
-    title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
-    histogram = pictures.evaluations_histogram(result.evaluations_B, row.max_evaluations, title)
-    histogram.save(os.path.join(directory, f"evaluations_{name}.png"))

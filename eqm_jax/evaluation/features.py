@@ -62,7 +62,8 @@ def check(options: ml_collections.ConfigDict):
     raise ValueError(f"evaluation.inception.batch_size = {wanted.batch_size} must be at least 1")
   if not os.path.isfile(wanted.path):
     raise ValueError(
-      f"evaluation.inception.path = {wanted.path!r}: no such file. Fetch {convert.PUBLISHED} (docs/evaluation.md)"
+      f"evaluation.inception.path = {wanted.path!r}: no such file. Fetch {convert.PUBLISHED} "
+      "(docs/evaluation.md), or set evaluation.samples = 0"
     )
 
 
@@ -96,6 +97,8 @@ def open_features(
     sizes = {"pool": 2048, "spatial": 17 * 17 * 7}
     return Features(name, identity, _batched(extract, options.inception.batch_size), sizes)
   module, params, accuracy = fitting.fit(*images, options.classifier.steps)
+  # Two fits on GPUs differ in their bits: all processes take the first one's.
+  params, accuracy = devices.from_first(params), float(devices.from_all(np.asarray(accuracy))[0])
   identity = {"name": name, "sha256": fingerprint(params), "held_out_accuracy": accuracy, "dtype": "float32"}
   apply = functools.partial(_classify, module, devices.replicate(params))
   return Features(name, identity, _batched(apply, fitting.BATCH), {})

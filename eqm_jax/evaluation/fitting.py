@@ -14,6 +14,7 @@ from eqm_jax.networks.classifier import Classifier
 
 BATCH = 128
 
+LARGEST = 64  # pixels along a side
 LEARNING_RATE = 2e-3
 SEED = 0  # of the split, the order and the parameters: always the same, so that figures can be compared
 
@@ -40,13 +41,19 @@ def fit(images: np.ndarray, labels: np.ndarray, num_classes: int, steps: int) ->
       f"evaluation.features: a classifier needs two classes and two images of each; the data has {len(images)} images "
       f"of {num_classes} classes"
     )
+  if max(images.shape[1:3]) > LARGEST:
+    raise ValueError(
+      f"evaluation.features: the classifier is for images of up to {LARGEST} × {LARGEST} pixels, "
+      f"not {images.shape[1:]}: use 'inception'"
+    )
   fit_x, held_x, fit_y, held_y = sklearn.model_selection.train_test_split(
     images, labels, test_size=0.25, random_state=SEED, stratify=labels
   )
   module = Classifier(num_classes)
   with jax.default_device(jax.local_devices()[0]):
     params = _fit(module, fit_x, fit_y, steps)
-    seen = _logits(module, params, jnp.asarray(held_x)).argmax(axis=1)
+    parts = [held_x[first : first + BATCH] for first in range(0, len(held_x), BATCH)]
+    seen = np.concatenate([_logits(module, params, part).argmax(axis=1) for part in parts])
   accuracy = float(np.mean(np.asarray(seen) == held_y))
   log.info("feature classifier: %.3f of %d held-out images are seen right", accuracy, len(held_y))
   return module, jax.device_get(params), accuracy

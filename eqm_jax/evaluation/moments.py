@@ -53,6 +53,8 @@ def merge(parts: Iterable[Moments]) -> Moments:
 
 
 def _merge_two(a: Moments, b: Moments) -> Moments:
+  if not a.count or not b.count:  # a process without a share has nothing to add
+    return a if a.count else b
   count, difference = a.count + b.count, b.mean - a.mean
   mean = a.mean + difference * (b.count / count)
   scatter = a.scatter + b.scatter + np.outer(difference, difference) * (a.count * b.count / count)

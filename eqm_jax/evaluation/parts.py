@@ -50,10 +50,14 @@ class Parts:
     """The units."""
     return range(-(-self.count // self.size))
 
-  def missing(self) -> list[int]:
+  def own(self) -> range:
     """The units that are this process's to make: every n-th of all."""
     process, processes = devices.process()
-    return [number for number in self.numbers[process::processes] if not os.path.exists(self._file(number))]
+    return self.numbers[process::processes]
+
+  def missing(self) -> list[int]:
+    """Those of its own that are not there yet."""
+    return [number for number in self.own() if not os.path.exists(self._file(number))]
 
   def write(self, number: int, arrays: dict[str, np.ndarray]):
     """Writes one unit, whole or not at all."""
@@ -64,9 +68,19 @@ class Parts:
       os.fsync(file.fileno())
     os.replace(partial, self._file(number))
 
-  def wait(self):
-    """Returns when all units are there, whichever process makes them."""
+  def wait(self, seconds: float):
+    """Returns when all units are there, whichever process makes them.
+
+    Raises:
+      ValueError: if they are not after this time.
+    """
+    end = time.monotonic() + seconds
     while not all(os.path.exists(self._file(number)) for number in self.numbers):
+      if time.monotonic() > end:
+        raise ValueError(
+          f"{self.directory}: units of other processes are not there after {seconds:.0f} s: "
+          "the workdir must be on a disk that all processes share"
+        )
       time.sleep(POLL_SECONDS)
 
   def read(self, name: str, number: int) -> np.ndarray:

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,12 @@ from eqm_jax.evaluation.features import Features
 from eqm_jax.evaluation.moments import Gaussian, Moments, merge
 
 MANY = 10_000  # real samples that stand for a whole data set where all would be too many: as many as ADM's file has
-CHUNK = 4096  # real samples that are held at a time
+CHUNK = 512  # real samples that are held at a time: 0.4 GB as images of 256×256
+READ_AHEAD = 64  # samples
 KINDS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of features, and their names in a file
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +58,7 @@ def some(source: Source) -> np.ndarray:
 
 def arrays(source: Source, indices: np.ndarray, threads: int = 4) -> np.ndarray:
   """Samples as one array [N, H, W, C] float32."""
-  batches = pipeline.in_order(source, indices, batch_size=CHUNK, threads=threads)
+  batches = pipeline.in_order(source, indices, batch_size=READ_AHEAD, threads=threads)
   return np.concatenate([np.stack([sample_array(sample) for sample in samples]) for samples in batches])
 
 
@@ -76,9 +82,11 @@ def statistics(source: Source, features: Features, of_images: bool, threads: int
     found = arrays(source, indices, threads)
     return features.extract(pictures.to_uint8(found) if of_images else found)
 
-  kept = extracted(some(source))
+  chosen = some(source)
+  parts = [extracted(chosen[first : first + CHUNK]) for first in range(0, len(chosen), CHUNK)]
+  kept = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0] if kind in KINDS}
   if len(source) > MANY:
-    gaussians = _over_all(len(source), extracted)
+    gaussians = _over_all(len(source), extracted, {kind: array.shape[1] for kind, array in kept.items()})
   else:
     gaussians = {kind: Moments.of(kept[kind]).gaussian for kind in KINDS if kind in kept}
   for kind, gaussian in gaussians.items():
@@ -88,20 +96,16 @@ def statistics(source: Source, features: Features, of_images: bool, threads: int
   return Statistics(gaussians, kept["pool"], about)
 
 
-def _over_all(count: int, extracted) -> dict[str, Gaussian]:
+def _over_all(count: int, extracted: Callable, sizes: dict[str, int]) -> dict[str, Gaussian]:
   """Part by part; process p of n takes every n-th part, and the moments of all are merged."""
   process, processes = devices.process()
-  firsts = range(process * CHUNK, count, processes * CHUNK)
-  parts: dict[str, list[Moments]] = {}
-  for first in tqdm.tqdm(firsts, desc="real data", unit="part", disable=None):
+  own = {kind: Moments(0, np.zeros(size), np.zeros((size, size))) for kind, size in sizes.items()}
+  for first in tqdm.tqdm(range(process * CHUNK, count, processes * CHUNK), desc="real data", unit="part", disable=None):
     found = extracted(np.arange(first, min(first + CHUNK, count)))
-    for kind in KINDS:
-      if kind in found:
-        so_far = parts.setdefault(kind, [])
-        so_far[:] = [merge([*so_far, Moments.of(found[kind])])]
+    own = {kind: merge([so_far, Moments.of(found[kind])]) for kind, so_far in own.items()}
   merged = {}
-  for kind, (own,) in parts.items():
-    everywhere = [devices.from_all(np.asarray(array, np.float64)) for array in (own.count, own.mean, own.scatter)]
+  for kind, known in own.items():
+    everywhere = [devices.from_all(np.asarray(array, np.float64)) for array in (known.count, known.mean, known.scatter)]
     merged[kind] = merge(Moments(int(n), mean, scatter) for n, mean, scatter in zip(*everywhere)).gaussian
   return merged
 
@@ -127,6 +131,15 @@ def save(path: str, known: Statistics):
   os.replace(partial, path)
 
 
+def check_path(path: str):
+  """Refuses, as a ValueError, statistics that are not there."""
+  if not os.path.isfile(path):
+    raise ValueError(
+      f"{path}: no such statistics. --mode=statistics computes them from the data set; docs/evaluation.md tells "
+      "where ADM's are"
+    )
+
+
 def load(path: str, features: Features) -> Statistics:
   """Reads what `save` wrote, ADM's VIRTUAL_*.npz, or pytorch-fid's .npz.
 
@@ -139,11 +152,7 @@ def load(path: str, features: Features) -> Statistics:
   Raises:
     ValueError: naming the file, if it is missing or damaged, of other features or of features of another size.
   """
-  if not os.path.isfile(path):
-    raise ValueError(
-      f"{path}: no such statistics. --mode=statistics computes them from the data set; docs/evaluation.md tells "
-      "where ADM's are"
-    )
+  check_path(path)
   with _naming(path), np.load(path) as file:
     found = {name: file[name] for names in KINDS.values() for name in names if name in file}
     about = json.loads(str(file["about"])) if "about" in file else None
@@ -163,6 +172,9 @@ def load(path: str, features: Features) -> Statistics:
         f"not of {features.identity}"
       )
     about = {"features": "not recorded", "program": program}
+    if program == "pytorch-fid" and features.identity["resize"] == "tf1":
+      about["warning"] = "pytorch-fid's program resizes half_pixel, the samples are resized as in TensorFlow 1"
+      log.warning("%s: %s; such statistics by others may fit", path, about["warning"])
     if images is not None:
       kept = features.extract(images[:MANY])["pool"]
   elif about["features"] != features.identity:

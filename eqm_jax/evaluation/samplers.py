@@ -33,6 +33,7 @@ class Batching:
   decode: Callable[[np.ndarray], np.ndarray] | None = None  # latents → images (uint8), where samples are latents
   autoencoder: str = ""  # that decodes: its name and sha256; "": the samples are not decoded
   decoder_dtype: str = ""  # of its convolutions
+  image_shape: tuple[int, int, int] | None = None  # of what it makes of a sample
 
   @property
   def ways(self) -> int:
@@ -94,9 +95,8 @@ def draw(
   name: str, row: ml_collections.ConfigDict, model: DiT, params: Any, label_N: np.ndarray, batching: Batching
 ) -> Drawn:
   """Draws one sample per label, with a progress bar."""
-  size = batching.batch_size
-  if is_descent(row) and row.streaming:
-    size = min(size * STREAM_LENGTH, -(-len(label_N) // batching.ways))
+  streams = is_descent(row) and row.streaming
+  size = min(batching.batch_size * (STREAM_LENGTH if streams else 1), -(-len(label_N) // batching.ways))
   units = draw_units(name, row, model, params, label_N, batching, size, range(-(-len(label_N) // size)))
   drawn = joined(unit for _, unit in units)
   warn(name, row, drawn.result)
@@ -238,8 +238,8 @@ def _stream_round(row, model, field_fn, label_N, index_DxU: np.ndarray, batching
 
 def _lockstep_round(row, model, field_fn, label_N, index_DxU: np.ndarray, batching: Batching):
   """The same, one batch after the other on each device. A place without a sample draws another place's again."""
-  ways, size, results, hardware = batching.ways, batching.batch_size, [], 0
-  for first in range(0, index_DxU.shape[1], size):
+  ways, size, results, hardware = batching.ways, min(batching.batch_size, index_DxU.shape[1]), [], 0
+  for first in range(0, int(np.sum(index_DxU >= 0, axis=1).max()), size):
     index_Dxb = np.full((ways, size), -1, np.int32)
     part = index_DxU[:, first : first + size]
     index_Dxb[:, : part.shape[1]] = part

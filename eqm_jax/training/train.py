@@ -93,7 +93,7 @@ def train(
   )
   first_step = max(checkpoint.steps(workdir), default=0)
   watched = known is not None and config.evaluation.during_training.every > 0
-  scores = quality.Quality(config, workdir, model, known, batching, first_step) if watched else None
+  scores = quality.Quality(config, workdir, model, known, batching, mesh, first_step) if watched else None
   manager = checkpoint.open_manager(workdir, config.checkpoint.keep, lambda: scores.best if scores else None)
   described = json.loads(config.to_json())
   described["data"]["samples"] = len(source)
@@ -150,13 +150,13 @@ def train(
       writer.write(step, {**scalars, "relative_loss": scalars["loss"] / zero_loss})
 
   def judge(step, state):
-    """Draws samples with the averaged weights, if the step is to be evaluated."""
+    """Draws samples, if the step is to be evaluated."""
     if scores and scores.is_due(step):
       with writer.apart():
-        scores.draw(step, state.ema_params, mesh, writer)
+        scores.draw(step, state, writer)
 
   with contextlib.ExitStack() as stack:
-    for closed in (manager, writer, scores) if scores else (manager, writer):
+    for closed in (manager, writer):
       stack.enter_context(contextlib.closing(closed))
     stopped = stack.enter_context(_sigterm())
     pending = None
@@ -173,14 +173,14 @@ def train(
       if step % config.checkpoint.every == 0 or step == steps or stopping or due:
         report(*pending)  # nothing that is not finite gets into a checkpoint
         pending = None
-        if scores:
+        if scores and not stopping:  # a process that is told to end has no time for it
           scores.collect(writer)  # which of the checkpoints is the best
         checkpoint.save(manager, step, state, data)
       if stopping:
         log.info("SIGTERM: saved step %d", step)
         break
       judge(step, state)
-    if scores:
+    if scores and not stopped.is_set():
       scores.collect(writer)
   return not stopped.is_set()
 

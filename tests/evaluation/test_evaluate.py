@@ -35,7 +35,7 @@ def model_and_params(tiny_config):
 def run(config, model, params, batching, directory, source=None):
   source = shipped.digits() if source is None else source
   evaluate.check_options(config, model, batching)
-  evaluate.check_data(config, model, source, source)
+  evaluate.check_data(config, model, source, source, batching)
   known = comparison.Comparison(config.evaluation, source, source, 2)
   return evaluate.evaluate(config, model, params, known, batching, str(directory), {"checkpoint": "of a test"})
 
@@ -145,6 +145,19 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny_config, model_and_params,
   assert len(drawn) == 10
 
 
+def test_decoded_samples_are_shown_as_images_in_units_of_any_size(
+  tiny_config, model_and_params, batching, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(comparison, "SHOWN", 10)
+  decoding = dataclasses.replace(
+    batching, decode=lambda x: np.zeros((len(x), 16, 16, 3), np.uint8) + 7, image_shape=(16, 16, 3)
+  )
+  tiny_config.evaluation.update(unit=4, rows=("gd",), pictured="none")
+  run(tiny_config, *model_and_params, decoding, tmp_path)
+  with Image.open(tmp_path / "samples_gd.png") as picture:
+    assert np.unique(np.asarray(picture)).tolist() == [7, 255]
+
+
 def test_a_damaged_unit_is_named(tiny_config, model_and_params, batching, tmp_path):
   tiny_config.evaluation.update(unit=10, rows=("gd",))
   known = comparison.Comparison(tiny_config.evaluation, shipped.digits(), None, 2)
@@ -215,20 +228,35 @@ def test_data_that_samples_cannot_be_compared_with_is_refused(tiny_config, model
   model, params = model_and_params
   with pytest.raises(ValueError, match="cannot be compared"):
     run(tiny_config, model.clone(num_classes=9), params, batching, tmp_path)
+  digits, photographs = shipped.digits(), shipped.photographs(size=8)
   tiny_config.evaluation.features = ("inception",)
-  with pytest.raises(ValueError, match="takes RGB images, but these have 1 channel: use 'classifier'"):
-    evaluate.check_data(tiny_config, model, shipped.digits(), shipped.digits())
+  with pytest.raises(ValueError, match=r"takes RGB images, but the samples are \(8, 8, 1\): name 'classifier'"):
+    evaluate.check_data(tiny_config, model, None, None, batching)
+  tiny_config.evaluation.features = ("classifier",)
+  with pytest.raises(ValueError, match=r"fitted to images \(8, 8, 3\), but the samples are \(8, 8, 1\)"):
+    evaluate.check_data(tiny_config, model, digits, photographs, batching)
+  # Latents that are decoded are judged by what they decode to.
+  latents = model.clone(channels=4)
+  decoding = dataclasses.replace(batching, image_shape=(8, 8, 3))
+  evaluate.check_data(tiny_config, latents, None, photographs, decoding)
+  tiny_config.evaluation.update(features=("raw",), npz=True)
+  with pytest.raises(ValueError, match=r"npz = True, but the samples are \(8, 8, 4\), no images"):
+    evaluate.check_data(tiny_config, latents, None, None, batching)
 
 
 @pytest.mark.parametrize(
   "spoil, text",
   [
-    (lambda x: np.full_like(x, np.nan), "samplers.gd: the features of 20 of 20 samples are not finite: did"),
+    (
+      lambda x: np.where(np.arange(len(x))[:, None, None, None] < 7, np.nan, x),
+      "samplers.gd: 14 of 20 samples are not",
+    ),
     (lambda x: np.zeros_like(x), "samplers.gd: the samples: all rows are the same"),
   ],
 )
+@pytest.mark.parametrize("name", ["raw", "classifier"])
 def test_samples_that_cannot_be_compared_are_told(
-  tiny_config, model_and_params, batching, tmp_path, spoil, text, monkeypatch
+  tiny_config, model_and_params, batching, tmp_path, name, spoil, text, monkeypatch
 ):
   draw_units = samplers.draw_units
 
@@ -237,7 +265,8 @@ def test_samples_that_cannot_be_compared_are_told(
       yield number, dataclasses.replace(drawn, result=drawn.result.replace(x=spoil(drawn.result.x)))
 
   monkeypatch.setattr(samplers, "draw_units", spoiled)
-  tiny_config.evaluation.update(rows=("gd",), pictured="none", label_agreement=False)
+  tiny_config.evaluation.update(rows=("gd",), pictured="none", label_agreement=False, features=(name,), unit=10)
+  tiny_config.evaluation.classifier.steps = 1
   with pytest.raises(ValueError, match=text):
     run(tiny_config, *model_and_params, batching, tmp_path)
 
@@ -273,6 +302,7 @@ source = shipped.digits()
 known = comparison.Comparison(config.evaluation, source, source, 1)
 report = evaluate.evaluate(config, model, params, known, samplers.Batching(4, jax.random.key(0), 4.0), directory, {})
 third = devices.from_all(np.asarray([1 / 3 + process, 1e300]))
+assert devices.from_all(np.asarray(1.5)).shape == (processes,)
 json.dump({"devices": jax.device_count(), "report": report, "third": third.tolist()}, sys.stdout)
 """
 

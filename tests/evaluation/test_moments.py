@@ -22,3 +22,6 @@ def test_the_order_of_merging_does_not_matter():
   one, other = merge(parts), merge([merge(parts[4:]), merge(parts[:4])])
   np.testing.assert_allclose(one.scatter, other.scatter, rtol=1e-12)
   np.testing.assert_allclose(one.mean, other.mean, rtol=1e-14)
+  nothing = Moments(0, np.zeros(5), np.zeros((5, 5)))
+  assert merge([nothing, nothing]).count == 0
+  np.testing.assert_array_equal(merge([nothing, parts[0], nothing]).scatter, parts[0].scatter)

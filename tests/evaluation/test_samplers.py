@@ -52,6 +52,13 @@ def test_samples_do_not_depend_on_the_batches(row, streaming):
   assert parts.hardware_evaluations >= parts.result.evaluations_B.sum()
 
 
+def test_places_without_a_sample_cost_no_batches(row):
+  row.update(streaming=False, threshold=0.0, max_evaluations=5)
+  units = dict(samplers.draw_units("row", row, Bowls(), 2.0, np.arange(22) % 10, batching(4), 20, [0, 1]))
+  assert [len(units[number].result.x) for number in (0, 1)] == [20, 2]
+  assert units[0].hardware_evaluations == 5 * 20 and units[1].hardware_evaluations == 5 * 4
+
+
 def test_long_streams_come_in_parts(row, monkeypatch):
   whole = draw(row, 4)
   monkeypatch.setattr(samplers, "STREAM_LENGTH", 2)  # parts of 8 and 5

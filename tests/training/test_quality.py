@@ -33,7 +33,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(config, tmp_path, monkeyp
   assert start(config, tmp_path, [5.0, 2.0, 4.0, 3.0], monkeypatch)
   assert metrics(tmp_path) == {3: 5.0, 6: 2.0, 9: 4.0, 12: 3.0}
   best = json.loads((tmp_path / "best.json").read_text())
-  assert best["best"] == {"step": 6, "frechet": 2.0} and best["features"] == "raw"
+  assert best["best"] == {"step": 6, "frechet": 2.0} and best["settings"]["features"] == [{"name": "raw"}]
   assert checkpoint.steps(str(tmp_path)) == [6, 12], "the best and the newest"
   assert (tmp_path / "best.png").stat().st_size > 1000
   loaded, newest = (pretrained.load(str(tmp_path / end)) for end in ("checkpoints/6", ""))
@@ -59,6 +59,17 @@ def test_a_resumed_run_knows_what_was_found_and_judges_what_was_not(config, tmp_
   assert checkpoint.steps(str(tmp_path)) == [6, 12]
 
 
+def test_scores_that_were_found_in_another_way_are_left_out(config, tmp_path, monkeypatch, caplog):
+  config.train.steps = 3
+  start(config, tmp_path, [0.1], monkeypatch)
+  config.train.steps = 6
+  config.evaluation.during_training.samples = 12
+  monkeypatch.setattr(train.checks, "check_same_run", lambda *_: None)
+  start(config, tmp_path, [5.0, 4.0], monkeypatch)  # step 3 again, and 6
+  assert "found in another way" in caplog.text
+  assert json.loads((tmp_path / "best.json").read_text())["best"] == {"step": 6, "frechet": 4.0}
+
+
 def test_the_scores_do_not_touch_the_training(config, tmp_path, monkeypatch):
   start(config, tmp_path / "watched", [5.0, 2.0, 4.0, 3.0], monkeypatch)
   config.evaluation.during_training.every = 0
@@ -72,11 +83,11 @@ def test_samples_that_cannot_be_compared_end_no_run(config, tmp_path, monkeypatc
   known = comparison.Comparison(config.evaluation, shipped.digits(), None, 2)
 
   def failing(self, parts):
-    raise ValueError("the features of 10 of 10 samples are not finite")
+    raise RuntimeError("the device has no room")
 
   monkeypatch.setattr(comparison.Comparison, "scores", failing)
   assert train.train(config, str(tmp_path), None, known, samplers.Batching(10, jax.random.key(0), 4.0))
-  assert "evaluation during training: the features of 10 of 10" in caplog.text
+  assert "evaluation during training: the device has no room" in caplog.text
   assert not (tmp_path / "best.json").exists()
 
 
