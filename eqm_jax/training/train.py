@@ -99,7 +99,8 @@ def train(
   described["data"]["samples"] = len(source)
   if identity:
     described["autoencoder"] |= {name: identity[name] for name in ("name", "sha256")}
-  write_json(os.path.join(workdir, pretrained.CONFIG), described)
+  if jax.process_index() == 0:
+    write_json(os.path.join(workdir, pretrained.CONFIG), described)
   if first_step:
     placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
     state = checkpoint.restore(manager, first_step, placed, data)

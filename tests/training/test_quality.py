@@ -1,7 +1,12 @@
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import pytest
+from conftest import ROOT
 
 from eqm_jax.data import shipped
 from eqm_jax.evaluation import comparison, samplers
@@ -89,6 +94,41 @@ def test_samples_that_cannot_be_compared_end_no_run(config, tmp_path, monkeypatc
   assert train.train(config, str(tmp_path), None, known, samplers.Batching(10, jax.random.key(0), 4.0))
   assert "evaluation during training: the device has no room" in caplog.text
   assert not (tmp_path / "best.json").exists()
+
+
+PROGRAM = """
+import sys
+import jax
+from conftest import load_config
+
+process, port, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+from eqm_jax import programs
+
+config = load_config("digits", "smoke")
+config.model.update(width=16, depth=1, num_heads=2)
+config.evaluation.pictured = "none"
+config.evaluation.unit = 10
+config.mesh.update(data=-1, fsdp=1)
+programs.run("train", config, workdir, None)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_judge_together(tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+  commands = [[sys.executable, "-c", PROGRAM, str(process), str(port), str(tmp_path)] for process in range(2)]
+  running = [subprocess.Popen(one, env=environment, stderr=subprocess.PIPE, text=True) for one in commands]
+  for one in running:
+    _, errors = one.communicate(timeout=400)
+    assert one.returncode == 0, errors
+  assert set(metrics(tmp_path)) == {30, 60}
+  scores = json.loads((tmp_path / "best.json").read_text())["scores"]
+  report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+  assert scores["60"]["raw"] == report["rows"]["adaptive"]["scores"]["raw"], "the same samples, drawn twice"
 
 
 @pytest.mark.parametrize(
