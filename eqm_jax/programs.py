@@ -9,7 +9,7 @@ from eqm_jax import devices
 from eqm_jax.data import sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.samples import Source
-from eqm_jax.evaluation import comparison, evaluate, features, real, sample, samplers
+from eqm_jax.evaluation import comparison, evaluate, features, real, sample, samplers, settings
 from eqm_jax.networks.dit import DiT
 from eqm_jax.report import report
 from eqm_jax.tasks import compose, denoise, inpaint, inputs, ood
@@ -57,7 +57,7 @@ def _train(config, workdir, checkpoint):
     )
   evaluates, model = config.evaluation.samples > 0, DiT(**config.model)
   if evaluates:  # a mistake in the evaluation is told before anything takes long
-    evaluate.check_options(config, model, batching := _batching(config, config.evaluation, model, None))
+    settings.check_options(config, model, batching := _batching(config, config.evaluation, model, None))
     quality.check(config, model, batching)
   else:
     log.info("evaluation.samples = 0: nothing is evaluated, not during training either")
@@ -98,11 +98,11 @@ def _write_evaluation(config, workdir, checkpoint, model, known, batching):
 
 def _known(config, model: DiT, batching, autoencoder=None) -> comparison.Comparison:
   """The real data that samples are compared with, after what cannot be evaluated is refused."""
-  evaluate.check_options(config, model, batching)
-  samples, images = evaluate.needs(config)
+  settings.check_options(config, model, batching)
+  samples, images = settings.needs(config)
   source, images = _source(config) if samples else None, _images(config) if images else None
   check_same_autoencoder("the model", autoencoder, source.autoencoder if source else None)
-  evaluate.check_data(config, model, source, images, batching)
+  settings.check_data(config, model, source, images, batching)
   return comparison.Comparison(config.evaluation, source, images, config.data.threads)
 
 

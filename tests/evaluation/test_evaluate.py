@@ -14,7 +14,7 @@ from PIL import Image
 
 from eqm_jax.data import shipped
 from eqm_jax.equilibrium import sampler
-from eqm_jax.evaluation import agreement, comparison, evaluate, pictures, samplers
+from eqm_jax.evaluation import agreement, comparison, evaluate, pictures, samplers, settings
 from eqm_jax.networks.dit import DiT
 
 
@@ -34,8 +34,8 @@ def model_and_params(tiny_config):
 
 def run(config, model, params, batching, directory, source=None):
   source = shipped.digits() if source is None else source
-  evaluate.check_options(config, model, batching)
-  evaluate.check_data(config, model, source, source, batching)
+  settings.check_options(config, model, batching)
+  settings.check_data(config, model, source, source, batching)
   known = comparison.Comparison(config.evaluation, source, source, 2)
   return evaluate.evaluate(config, model, params, known, batching, str(directory), {"checkpoint": "of a test"})
 
@@ -206,7 +206,7 @@ def test_repeats_take_turns_and_integrators_have_rows(tiny_config, model_and_par
 def test_bad_options_are_refused(tiny_config, model_and_params, batching, change, text):
   change(tiny_config)
   with pytest.raises(ValueError, match=text):
-    evaluate.check_options(tiny_config, model_and_params[0], batching)
+    settings.check_options(tiny_config, model_and_params[0], batching)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_bad_inception_options_are_refused(tiny_config, model_and_params, batchi
   tiny_config.evaluation.features = ("inception",)
   tiny_config.evaluation.inception.update(path=__file__, **changes)
   with pytest.raises(ValueError, match=text):
-    evaluate.check_options(tiny_config, model_and_params[0], batching)
+    settings.check_options(tiny_config, model_and_params[0], batching)
 
 
 def test_data_that_samples_cannot_be_compared_with_is_refused(tiny_config, model_and_params, batching, tmp_path):
@@ -231,17 +231,17 @@ def test_data_that_samples_cannot_be_compared_with_is_refused(tiny_config, model
   digits, photographs = shipped.digits(), shipped.photographs(size=8)
   tiny_config.evaluation.features = ("inception",)
   with pytest.raises(ValueError, match=r"takes RGB images, but the samples are \(8, 8, 1\): name 'classifier'"):
-    evaluate.check_data(tiny_config, model, None, None, batching)
+    settings.check_data(tiny_config, model, None, None, batching)
   tiny_config.evaluation.features = ("classifier",)
   with pytest.raises(ValueError, match=r"fitted to images \(8, 8, 3\), but the samples are \(8, 8, 1\)"):
-    evaluate.check_data(tiny_config, model, digits, photographs, batching)
+    settings.check_data(tiny_config, model, digits, photographs, batching)
   # Latents that are decoded are judged by what they decode to.
   latents = model.clone(channels=4)
   decoding = dataclasses.replace(batching, image_shape=(8, 8, 3))
-  evaluate.check_data(tiny_config, latents, None, photographs, decoding)
+  settings.check_data(tiny_config, latents, None, photographs, decoding)
   tiny_config.evaluation.update(features=("raw",), npz=True)
   with pytest.raises(ValueError, match=r"npz = True, but the samples are \(8, 8, 4\), no images"):
-    evaluate.check_data(tiny_config, latents, None, None, batching)
+    settings.check_data(tiny_config, latents, None, None, batching)
 
 
 @pytest.mark.parametrize(
