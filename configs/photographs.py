@@ -2,7 +2,8 @@
 
 Command:   python -m eqm_jax.main --config=configs/photographs.py --workdir=runs/photographs
 Hardware:  two CPU cores, 4 GiB: two and a half minutes, 45 seconds of them for the autoencoder
-Expected:  Fréchet distance of latents 9.8, 12.3 being that of two halves of the real ones; in 0.996 of
+Expected:  Fréchet distance of latents 9.8, 12.3 being that of two halves of the real ones; of a classifier's
+           features of the decoded samples 0.8, and 0.3 between halves of the real patches; in 0.996 of
            the samples a classifier sees the class that was asked for; adaptive descent takes 117
            evaluations on average. The loss ends near 6, 0.45 of E[c²].
 

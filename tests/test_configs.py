@@ -40,7 +40,7 @@ def small_imagenet(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.model.update(input_size=8, width=16, depth=2, num_heads=2, num_classes=2)
   config.train.update(steps=3, batch_size=8)
   config.checkpoint.every = 2
-  config.evaluation.update(samples=10, batch_size=8, features=("raw",))
+  config.evaluation.update(samples=10, batch_size=8, features=("raw",), rows=())
   config.sample.update(count=10, batch_size=8)
   for row in config.samplers.values():
     row.max_evaluations = 4
@@ -55,7 +55,7 @@ def small_cifar10(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.model.update(input_size=8, width=16, depth=1, num_heads=2, num_classes=2)
   config.train.update(steps=3, batch_size=8)
   config.optimizer.warmup_steps = 1
-  config.evaluation.update(samples=10, batch_size=10, unit=10)
+  config.evaluation.update(samples=10, batch_size=10, unit=10, features=("raw",))
   config.evaluation.during_training.update(every=3, samples=10)
   config.sample.update(count=10, batch_size=10)
   for row in config.samplers.values():

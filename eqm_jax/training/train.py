@@ -91,10 +91,11 @@ def train(
     process_count=jax.process_count(),
     place=functools.partial(jax.tree.map, functools.partial(jax.make_array_from_process_local_data, batch_sharding)),
   )
-  first_step = max(checkpoint.steps(workdir), default=0)
-  watched = known is not None and config.evaluation.during_training.every > 0
-  scores = quality.Quality(config, workdir, model, known, batching, mesh, first_step) if watched else None
+  scores = None
   manager = checkpoint.open_manager(workdir, config.checkpoint.keep, lambda: scores.best if scores else None)
+  first_step = manager.latest_step() or 0
+  if known is not None and config.evaluation.during_training.every:
+    scores = quality.Quality(config, workdir, model, known, batching, mesh, first_step)
   described = json.loads(config.to_json())
   described["data"]["samples"] = len(source)
   if identity:
