@@ -126,14 +126,9 @@ def _statistics(config, workdir, checkpoint):
 
 def _sample(config, workdir, checkpoint):
   model = _load(config, workdir, checkpoint, config.sample.weights)
+  batching = _batching(config, config.sample, model.model, _codec_of(config, model))
   directory = os.path.join(workdir, "samples")
-  sample.sample(
-    config,
-    model.model,
-    model.params,
-    _batching(config, config.sample, model.model, _codec_of(config, model)),
-    directory,
-  )
+  sample.sample(config, model.model, model.params, batching, directory)
   log.info("samples: %s", directory)
 
 

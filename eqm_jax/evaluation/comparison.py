@@ -38,9 +38,12 @@ class Comparison:
     self.in_plane = source is not None and source.shape == plane.SHAPE
     # What a classifier is fitted to decides what it sees.
     self._fitted_to = {"contents": source.contents, "samples": len(source)} if options.label_agreement else None
-    some = real.some(source) if source is not None else None
-    self.real_N = real.arrays(source, some, threads) if source is not None else None  # at most MANY of them
-    self._classifier = agreement.Classifier(self.real_N, source.labels[some]) if options.label_agreement else None
+    self.real_N = self._classifier = None
+    if options.label_agreement or self.in_plane:
+      some = real.some(source)
+      self.real_N = real.arrays(source, some, threads)  # in the plane, those that pictures show
+    if options.label_agreement:
+      self._classifier = agreement.Classifier(self.real_N, source.labels[some])
     self._spaces = []
     for name in options.features:
       fitted_to = None

@@ -29,6 +29,7 @@ from eqm_jax.networks.dit import DiT
 
 STATUS_NAMES = {sampler.CONVERGED: "converged", sampler.BUDGET: "budget", sampler.DIVERGED: "diverged"}
 UNITS = "units"  # below the output directory
+SHARED_SECONDS = 60.0  # until a shared disk shows what other processes have written
 TOLD = ("frechet", "inception_score", "precision", "recall")  # of the scores, in the log
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def evaluate(
       return None
     report = _about(options, model, params, known, batching, origin)
     for name, parts in series.items():
+      parts.wait(SHARED_SECONDS)
       report["rows"][name] = _row(config, name, parts, known, label_N, batching, directory)
     _write(report, directory)  # whatever comes after it, what took long is there
     if options.timed:

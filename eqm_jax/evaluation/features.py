@@ -40,12 +40,9 @@ def check(options: ml_collections.ConfigDict):
   Raises:
     ValueError: naming the key and the value.
   """
-  if (
-    not options.features
-    or not set(options.features) <= set(NAMES)
-    or len(set(options.features)) < len(options.features)
-  ):
-    raise ValueError(f"evaluation.features = {tuple(options.features)}: name some of {', '.join(NAMES)}, each once")
+  named = tuple(options.features)
+  if not named or any(name not in NAMES or named.count(name) > 1 for name in named):
+    raise ValueError(f"evaluation.features = {named}: name some of {', '.join(NAMES)}, each once")
   if options.classifier.steps < 1:
     raise ValueError(f"evaluation.classifier.steps = {options.classifier.steps} must be at least 1")
   if "inception" not in options.features:

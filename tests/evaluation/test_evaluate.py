@@ -15,6 +15,7 @@ from PIL import Image
 from eqm_jax.data import shipped
 from eqm_jax.equilibrium import sampler
 from eqm_jax.evaluation import agreement, comparison, evaluate, pictures, samplers, settings
+from eqm_jax.evaluation.parts import Parts
 from eqm_jax.networks.dit import DiT
 
 
@@ -170,6 +171,13 @@ def test_a_damaged_unit_is_named(tiny_config, model_and_params, batching, tmp_pa
   file.unlink()
   series = known.draw("gd", tiny_config.samplers.gd, *model_and_params, labels, batching, str(tmp_path))
   assert known.scores(series)["raw"]["frechet"] > 0
+
+
+def test_units_that_no_other_process_has_made_are_told(tmp_path):
+  series = Parts(str(tmp_path), "gd", {"seed": 0}, 20, 10)
+  series.write(0, {"x": np.zeros(3)})
+  with pytest.raises(ValueError, match="units of other processes are not there after 0 s: .* all processes share"):
+    series.wait(0.0)
 
 
 def test_repeats_take_turns_and_integrators_have_rows(tiny_config, model_and_params, batching, tmp_path):
