@@ -58,6 +58,11 @@ class Comparison:
         known = real.statistics(images if of_images else source, space, of_images, threads)
       self._spaces.append((space, known))
 
+  @property
+  def real_data(self) -> list[dict[str, Any]]:
+    """Where the statistics of each kind of features are from."""
+    return [known.about for _, known in self._spaces]
+
   def describe(self) -> dict[str, Any]:
     """What a report says of the real data and of the features."""
     found = {

@@ -64,6 +64,7 @@ class Quality:
     settings = known.settings(self._row, batching) | {
       "samples": self._options.during_training.samples,
       "weights": self._options.weights,
+      "real": known.real_data,
     }
     self._settings = json.loads(json.dumps(settings))
     self._scores = self._read(first_step)
