@@ -20,6 +20,11 @@ def replicate(tree: Any) -> Any:
   return jax.device_put(tree, NamedSharding(local_mesh(), PartitionSpec()))
 
 
+def split(tree: Any) -> Any:
+  """Arrays, split over the devices of this process along their first axis."""
+  return jax.device_put(tree, NamedSharding(local_mesh(), PartitionSpec("data")))
+
+
 def in_batches(function: Callable, array: np.ndarray, batch_size: int, progress: str = "") -> Any:
   """Applies `function` part by part, on all devices of this process.
 
@@ -35,13 +40,12 @@ def in_batches(function: Callable, array: np.ndarray, batch_size: int, progress:
   Returns:
     The tree, as numpy arrays [N, ...].
   """
-  split = NamedSharding(local_mesh(), PartitionSpec("data"))
   size, parts = batch_size * jax.local_device_count(), []
   with tqdm.tqdm(total=len(array), desc=progress, unit="row", disable=None if progress else True) as bar:
     for first in range(0, len(array), size):
       part = array[first : first + size]
       filled = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
-      results = jax.device_get(function(jax.device_put(filled, split)))
+      results = jax.device_get(function(split(filled)))
       parts.append(jax.tree.map(lambda leaf, count=len(part): leaf[:count], results))
       bar.update(len(part))
   return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

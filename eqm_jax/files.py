@@ -1,19 +1,28 @@
-"""JSON files that are whole or not there, and many files at once."""
+"""Files that are whole or not there, JSON among them, and many files at once."""
 
+import contextlib
 import json
 import os
 import resource
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
 
-def write_json(path: str, content: Any):
-  """Writes aside and renames, so that a killed process leaves no half a file."""
-  with open(path + ".partial", "w", encoding="utf-8") as file:
-    json.dump(content, file, indent=2, ensure_ascii=False)
-    file.write("\n")
+@contextlib.contextmanager
+def whole(path: str, mode: str = "wb") -> Iterator[IO]:
+  """Opens a file that is written aside and renamed, so that a killed process leaves no half a file."""
+  with open(path + ".partial", mode, encoding=None if "b" in mode else "utf-8") as file:
+    yield file
     file.flush()
     os.fsync(file.fileno())  # or a crash of the machine could leave an empty file under the final name
   os.replace(path + ".partial", path)
+
+
+def write_json(path: str, content: Any):
+  """Writes JSON that is whole or not there."""
+  with whole(path, "w") as file:
+    json.dump(content, file, indent=2, ensure_ascii=False)
+    file.write("\n")
 
 
 def read_json(path: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from eqm_jax import devices
-from eqm_jax.files import write_json
+from eqm_jax.files import whole, write_json
 
 SETTINGS = "settings.json"
 POLL_SECONDS = 0.5
@@ -61,12 +61,8 @@ class Parts:
 
   def write(self, number: int, arrays: dict[str, np.ndarray]):
     """Writes one unit, whole or not at all."""
-    partial = self._file(number) + ".partial"
-    with open(partial, "wb") as file:
+    with whole(self._file(number)) as file:
       np.savez(file, **arrays)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, self._file(number))
 
   def wait(self, seconds: float):
     """Returns when all units are there, whichever process makes them.
@@ -116,8 +112,7 @@ class Parts:
     Unit by unit, so that 50,000 images need no more memory than a unit; arr_1 are the labels.
     """
     first = self.read("image", 0)
-    partial = path + ".partial"
-    with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+    with whole(path) as target, zipfile.ZipFile(target, "w", allowZip64=True) as archive:
       with archive.open("arr_0.npy", "w", force_zip64=True) as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *first.shape[1:])}
         np.lib.format.write_array_header_1_0(file, header)
@@ -125,7 +120,6 @@ class Parts:
           file.write(np.ascontiguousarray(self.read("image", number)).tobytes())
       with archive.open("arr_1.npy", "w") as file:
         np.lib.format.write_array(file, label_N)
-    os.replace(partial, path)
 
   def _file(self, number: int) -> str:
     return os.path.join(self.directory, f"{number:06d}.npz")

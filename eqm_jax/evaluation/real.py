@@ -20,6 +20,7 @@ from eqm_jax.evaluation import pictures, plane
 from eqm_jax.evaluation.distances import check_spread
 from eqm_jax.evaluation.features import Features
 from eqm_jax.evaluation.moments import Gaussian, Moments, merge
+from eqm_jax.files import whole
 
 MANY = 10_000  # real samples that stand for a whole data set where all would be too many: as many as ADM's file has
 CHUNK = 512  # real samples that are held at a time: 0.4 GB as images of 256×256
@@ -123,12 +124,8 @@ def save(path: str, known: Statistics):
     if kind in known.gaussians:
       named |= dict(zip(names, (known.gaussians[kind].mean, known.gaussians[kind].covariance)))
   os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-  partial = path + ".partial"
-  with open(partial, "wb") as file:
+  with whole(path) as file:
     np.savez(file, **named, features=known.features, about=json.dumps(known.about))
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
 
 
 def check_path(path: str):

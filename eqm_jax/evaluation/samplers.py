@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
-from jax.sharding import NamedSharding, PartitionSpec
 
 from eqm_jax import devices
 from eqm_jax.equilibrium import field, integrators, rules, sampler, streaming
@@ -46,7 +45,7 @@ class Batching:
 
   def place(self, tree: Any) -> Any:
     """Arrays [B, ...] on the devices, split over their first axis."""
-    return jax.device_put(tree, NamedSharding(devices.local_mesh(), PartitionSpec("data")))
+    return devices.split(tree)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,9 +41,8 @@ def _scores(name: str, about: dict[str, Any], rows: dict[str, Any]) -> str:
   there = [score for score in SCORES if any(score in row["scores"][name] for row in rows.values())]
   told = ", ".join(f"{key} {_short(value)}" for key, value in about.items() if key not in ("name", "real"))
   halves = about["real"].get("frechet_between_halves")
-  lines = [
-    f"Features: {name}{f' ({told})' if told else ''}; {about['real'].get('samples', 'unknown many')} real samples"
-  ]
+  count = about["real"].get("samples", "an untold number of")  # ADM's and pytorch-fid's files do not say
+  lines = [f"Features: {name}{f' ({told})' if told else ''}; {count} real samples"]
   if halves is not None:
     lines[0] += f"; Fréchet distance between halves of them {halves:.3f}"
   lines += ["", _line(["sampler", *(SCORES[score][0] for score in there)]), "|" + "---|" * (len(there) + 1)]

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import tensorboardX
 
+from eqm_jax.files import whole
+
 log = logging.getLogger(__name__)
 
 
@@ -75,6 +77,5 @@ class MetricWriter:
     with open(self._path, encoding="utf-8") as file:
       # The last line of a killed run may be half a line.
       kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(self._path + ".partial", "w", encoding="utf-8") as file:
+    with whole(self._path, "w") as file:
       file.writelines(kept)
-    os.replace(self._path + ".partial", self._path)

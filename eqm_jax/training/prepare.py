@@ -7,8 +7,8 @@ import os
 import jax
 import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
 
+from eqm_jax import devices
 from eqm_jax.data import encoding, latents, sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.images import DamagedImage
@@ -87,13 +87,13 @@ def prepare(config: ml_collections.ConfigDict, *, verify: bool = False):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  _wait_for_all("encoded")
+  devices.wait_for_all("the cache of latents is encoded")
   if jax.process_index() == 0:
     manifest = encoding.finish(path, settings)
     skipped = settings.images - manifest["records"]
     log.info("%s: %d images, %d of them encoded now, %d left out", path, manifest["records"], encoded, skipped)
     _picture(os.path.join(path, "reconstructed.png"), source, codec)
-  _wait_for_all("finished")
+  devices.wait_for_all("the cache of latents is finished")
 
 
 def _picture(path: str, source: Source, codec: Codec):
@@ -124,8 +124,3 @@ def _fit_or_check(config: ml_collections.ConfigDict, source: Source):
   wanted = options.model.to_dict()
   if any(there[name] != value for name, value in wanted.items()):
     raise ValueError(f"the autoencoder at {path} is another than prepare.fit.model: {there} there, {wanted} wanted")
-
-
-def _wait_for_all(what: str):
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"the cache of latents is {what}")
