@@ -76,12 +76,15 @@ def get_config() -> ml_collections.ConfigDict:
     eps=1e-8,
     weight_decay=0.0,
     clip_norm=0.0,  # of the global gradient; 0: no clipping
+    skip_nonfinite=0,  # batches in a row whose gradient is not finite that are left out; 0: the first stops the run
     ema_decay=0.9999,
   )
   config.train = config_dict.create(
     steps=400_000,
     batch_size=256,
+    accumulate=1,  # parts of the batch, computed one after another: less memory, the same gradient
     log_every=100,  # steps
+    profile=(0, 0),  # first and last step of a trace in WORKDIR/profile; (0, 0): none
     init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
   )
   config.checkpoint = config_dict.create(
@@ -89,7 +92,10 @@ def get_config() -> ml_collections.ConfigDict:
     keep=2,  # newest checkpoints
   )
   config.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1: the rest
-  config.sharding = config_dict.create(rules=())  # (regex of the parameter's path, mesh axis of each array axis)
+  config.sharding = config_dict.create(
+    rules=(),  # (regex of the parameter's path, mesh axis of each array axis); none fits: fsdp splits the largest
+    ema="parameters",  # lies as the parameters do, or split over all "devices", which with data > 1 takes less memory
+  )
 
   config.samplers = config_dict.create(  # one row of the evaluation each
     gd=_row(),

@@ -26,6 +26,20 @@ from ml_collections import config_dict
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 PATCHES = ("2", "4", "8")
 KINDS = ("", "tfds", "online")
+RULES = (  # the first regex that is found in a parameter's path decides; the blocks have a leading axis of depth
+  ("blocks/qkv/kernel", (None, "fsdp", None, "tensor", None)),  # width → 3, heads, width of a head
+  ("blocks/qkv/bias", (None, None, "tensor", None)),
+  ("blocks/attention_out/kernel", (None, "tensor", None, "fsdp")),  # heads, width of a head → width
+  ("blocks/mlp_in/kernel", (None, "fsdp", "tensor")),
+  ("blocks/mlp_in/bias", (None, "tensor")),
+  ("blocks/mlp_out/kernel", (None, "tensor", "fsdp")),
+  ("blocks/modulation/kernel", (None, "fsdp", None)),  # of one vector a sample: too small to split within
+  ("final_modulation/kernel", ("fsdp", None)),
+  ("label_embed/embedding", (None, "fsdp")),  # 1,001 classes divide by nothing
+  ("time_embed/dense_./kernel", (None, "fsdp")),
+  ("(patch_embed|final_out|energy_out)/kernel", ()),  # narrow
+  ("bias", ()),
+)
 
 
 def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
@@ -119,12 +133,15 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     eps=1e-8,
     weight_decay=0.0,
     clip_norm=0.0,  # of the global gradient; 0: no clipping
+    skip_nonfinite=0,  # batches in a row whose gradient is not finite that are left out; 0: the first stops the run
     ema_decay=0.9999,
   )
   config.train = config_dict.create(
     steps=7_000_000 if largest else 400_000,
     batch_size=256,
+    accumulate=1,  # parts of the batch, computed one after another: less memory, the same gradient
     log_every=100,  # steps
+    profile=(0, 0),  # first and last step of a trace in WORKDIR/profile; (0, 0): none
     init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
   )
   config.checkpoint = config_dict.create(
@@ -132,7 +149,10 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     keep=3,  # newest checkpoints
   )
   config.mesh = config_dict.create(data=1, fsdp=-1, tensor=1)  # devices along each axis; -1: the rest
-  config.sharding = config_dict.create(rules=())  # none: fsdp splits the largest axis of each parameter
+  config.sharding = config_dict.create(
+    rules=RULES,  # (regex of the parameter's path, mesh axis of each array axis); none fits: fsdp splits the largest
+    ema="parameters",  # lies as the parameters do, or split over all "devices", which with data > 1 takes less memory
+  )
 
   config.samplers = config_dict.create(  # one row of the evaluation each
     published_b2=_row(),  # what the paper's 32.85 is from: GD, no guidance

@@ -1,6 +1,11 @@
 """This process's devices, and the other processes of the run."""
 
-from collections.abc import Callable
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -8,6 +13,57 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def joined(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
+  """Joins the other processes of the run, if there are any, for what is done inside.
+
+  Without arguments they are found by what the machine says of itself: a TPU's metadata, SLURM, Open MPI or GKE; where
+  it says nothing there is one process. An error in one process ends it at once, so that the others learn of it:
+  an orderly exit would wait for them, while they wait for it in a collective.
+
+  Args:
+    coordinator_address: "host:port" of the first process.
+    num_processes: of the run.
+    process_id: of this one, from 0.
+
+  Raises:
+    ValueError: if only some of the three are given, or they do not fit.
+  """
+  given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+  missing = [f"--{name}" for name, value in given.items() if value is None]
+  if 0 < len(missing) < 3:
+    raise ValueError(f"{' and '.join(missing)} not given: several processes are told all three, or find each other")
+  if not missing and not (":" in coordinator_address and 0 <= process_id < num_processes):
+    told = " ".join(f"--{name}={value}" for name, value in given.items())
+    raise ValueError(f"{told}: give HOST:PORT, and process_id from 0 to num_processes − 1")
+  try:
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+  except ValueError as error:
+    if not missing or "coordinator_address" not in str(error):  # which JAX says when it has found nothing
+      raise
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    log.error("process %d of %d: %s", *process(), _told(error), exc_info="EQM_JAX_TRACEBACK" in os.environ)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _told(error: Exception) -> str:
+  """One line of what went wrong."""
+  text = (str(error).strip() or type(error).__name__).splitlines()[0]
+  if re.match(r"[A-Z_]+: ", text):  # a status of the runtime's
+    return f"the other processes cannot be reached any more, one of them ended; its own output says why ({text})"
+  if isinstance(error, ValueError | FloatingPointError | OSError):
+    return f"error: {text}"
+  return f"error: {type(error).__name__}: {text}"
 
 
 def local_mesh() -> Mesh:

@@ -1,11 +1,15 @@
-"""Files that are whole or not there, JSON among them, and many files at once."""
+"""Files that are whole or not there, JSON among them, many files at once, and directories that one process has."""
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
+import socket
 from collections.abc import Iterator
 from typing import IO, Any
+
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -32,6 +36,36 @@ def read_json(path: str) -> Any:
       return json.load(file)
     except json.JSONDecodeError as error:
       raise ValueError(f"{path}: not readable as JSON ({error})") from error
+
+
+@contextlib.contextmanager
+def claimed(directory: str) -> Iterator[None]:
+  """Makes a directory and keeps it for this process, as long as that lives: no other may claim it.
+
+  The lock is the kernel's, so that nothing is left of a killed process. Processes on other machines see it where the
+  file system passes locks on (NFS, Lustre); a mounted bucket does not.
+
+  Raises:
+    ValueError: if another process has it, or it cannot be written.
+  """
+  try:
+    os.makedirs(directory, exist_ok=True)
+    lock = open(os.path.join(directory, LOCK), "a+", encoding="utf-8")
+  except OSError as error:
+    raise ValueError(f"{directory}: cannot be written ({error.strerror}). Choose another --workdir") from error
+  with lock as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      holder = file.read() or "unknown"
+      raise ValueError(
+        f"{directory}: another run is at work here ({holder}). Wait for it, stop it, or choose another --workdir"
+      ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    yield
 
 
 def allow_open_files(count: int):

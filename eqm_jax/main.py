@@ -15,6 +15,9 @@ MODE = flags.DEFINE_enum(
   "mode", "train", MODES, "prepare: encode images. train: to the end, then evaluate. report: trains its own."
 )
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model to use if not the workdir's: anything eqm_jax.load reads.")
+ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first process, where no machine tells it.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, with --coordinator_address.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 log = logging.getLogger("eqm_jax")
@@ -25,18 +28,19 @@ def main(argv: list[str]):
     raise ValueError(f"arguments that are no flags: {' '.join(argv[1:])}")
   _log_to_stderr()
   # Imported here, so that a mistyped flag is told at once.
-  from eqm_jax import programs
+  from eqm_jax import devices, programs
 
-  programs.run(MODE.value, CONFIG.value, os.path.abspath(WORKDIR.value), CHECKPOINT.value)
+  with devices.joined(ADDRESS.value, PROCESSES.value, PROCESS.value):
+    log.setLevel(logging.WARNING if devices.process()[0] else logging.INFO)  # what is the same is told once
+    programs.run(MODE.value, CONFIG.value, os.path.abspath(WORKDIR.value), CHECKPOINT.value)
 
 
 def _log_to_stderr():
-  """Our own lines at level INFO; the libraries' (through absl) from WARNING on."""
+  """Our own lines; the libraries' (through absl) from WARNING on."""
   absl.logging.set_verbosity(absl.logging.WARNING)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
   log.addHandler(handler)
-  log.setLevel(logging.INFO)
   log.propagate = False
 
 

@@ -23,6 +23,7 @@ ORDER = [
   "networks",
   "equilibrium",
   "devices",
+  "hardware",
   "files",
 ]
 NEVER = {

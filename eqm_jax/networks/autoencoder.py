@@ -208,9 +208,9 @@ class Upsample(nn.Module):
     return _conv(x.shape[-1], 3, self.dtype, name="conv")(x)
 
 
-def posterior_sample(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
-  """A latent drawn from N(mean, exp(logvar)); the most probable one is `mean`."""
-  return mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
+def posterior_sample(mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> jax.Array:
+  """A latent of N(mean, exp(logvar)), made of standard normal `noise`; the most probable one is `mean`."""
+  return mean + jnp.exp(logvar / 2) * noise
 
 
 def attributes(module: Autoencoder) -> dict[str, Any]:

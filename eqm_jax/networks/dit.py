@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 # depth, width, num_heads of the published sizes; the patch size follows the slash in a name: "XL/2".
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -28,6 +29,9 @@ REMAT_POLICIES = {
 ATTENTION = ("xla", "cudnn")
 ENERGIES = ("none", "dot", "l2", "scalar")
 TIME_FREQUENCIES = 256
+
+# The axes of a mesh that activations are spread over, where there is one: samples, and what a layer is split along.
+SAMPLES, WITHIN_LAYER = ("data", "fsdp"), "tensor"
 
 
 class DiT(nn.Module):
@@ -92,13 +96,14 @@ class DiT(nn.Module):
     patches_BxTxP = patchify(x_BxHxWxC, self.patch_size).astype(dtype)
     positions_TxD = jnp.asarray(position_table(self.input_size // self.patch_size, self.width), dtype)
     tokens_BxTxD = _dense(self.width, dtype, name="patch_embed")(patches_BxTxP) + positions_TxD
+    tokens_BxTxD = _spread(tokens_BxTxD, SAMPLES)
 
     time = jnp.zeros(1) if gamma_B is None else gamma_B
     time_BxD = TimeEmbed(self.width, dtype, name="time_embed")(time)
     label_BxD = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_normal, name="label_embed")(
       label_B
     )
-    condition_BxD = time_BxD + label_BxD
+    condition_BxD = _spread(time_BxD + label_BxD, SAMPLES)
 
     tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
 
@@ -171,17 +176,19 @@ class Block(nn.Module):
 
     h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_attention, scale_attention)
     qkv_BxTx3xHxK = nn.DenseGeneral((3, *heads), dtype=dtype, kernel_init=_xavier, name="qkv")(h_BxTxD)
+    qkv_BxTx3xHxK = _spread(qkv_BxTx3xHxK, SAMPLES, None, None, WITHIN_LAYER)
     query, key, value = jnp.moveaxis(qkv_BxTx3xHxK, 2, 0)
     mixed_BxTxHxK = _attend(query, key, value, self.attention)
     h_BxTxD = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=dtype, kernel_init=_xavier, name="attention_out")(
       mixed_BxTxHxK
     )
-    tokens_BxTxD = tokens_BxTxD + gate_attention * h_BxTxD
+    tokens_BxTxD = _spread(tokens_BxTxD + gate_attention * h_BxTxD, SAMPLES)
 
     h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_mlp, scale_mlp)
     h_BxTxF = nn.gelu(_dense(round(self.width * self.mlp_ratio), dtype, name="mlp_in")(h_BxTxD), approximate=True)
+    h_BxTxF = _spread(h_BxTxF, SAMPLES, None, WITHIN_LAYER)
     tokens_BxTxD = tokens_BxTxD + gate_mlp * _dense(self.width, dtype, name="mlp_out")(h_BxTxF)
-    return tokens_BxTxD, None
+    return _spread(tokens_BxTxD, SAMPLES), None
 
 
 class TimeEmbed(nn.Module):
@@ -242,6 +249,17 @@ def parameter_shapes(model: DiT) -> dict[str, Any]:
   gamma = (jnp.zeros(1),) if model.time_input else ()
   x, label = jnp.zeros((1, *model.input_shape)), jnp.zeros(1, jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), x, label, *gamma)["params"]
+
+
+def _spread(x: jax.Array, *axes) -> jax.Array:
+  """Asks for x's axes to be spread over these of the mesh that this is traced in, the others being whole.
+
+  Left to itself the compiler may move activations where moving parameters is cheaper. Without a mesh it says nothing.
+  """
+  names = jax.sharding.get_abstract_mesh().axis_names
+  if not {*SAMPLES, WITHIN_LAYER} <= set(names):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def _attend(query, key, value, implementation: str):

@@ -12,7 +12,8 @@ import numpy as np
 from eqm_jax.equilibrium import energy, field, jacobian, objective, tasks
 from eqm_jax.report import figures
 from eqm_jax.report.lab import Lab, ahead, in_parts, jointly, spread
-from eqm_jax.training import state, train
+from eqm_jax.training import state
+from eqm_jax.training import step as step_lib
 
 REPEATS = 7  # of a timed step; the median counts
 MULTIPLES = (0.5, 1, 2, 4)  # of the step size, where each c(γ) has its best
@@ -176,7 +177,7 @@ def _second_order(lab: Lab) -> dict[str, dict[str, float]]:
       size = min(trained.config.train.batch_size, len(lab.real))
       batch = {"image": jnp.asarray(lab.real[:size]), "label": jnp.asarray(lab.train.labels[:size])}
       loss_fn = functools.partial(
-        train.batch_loss,
+        step_lib.batch_loss,
         trained.model,
         config,
         objective.Schedule(**config.schedule),

@@ -76,7 +76,8 @@ def _loss(
   module: Autoencoder, params: Any, image: jax.Array, key: jax.Array, kl_weight: float
 ) -> tuple[jax.Array, jax.Array]:
   mean, logvar = module.apply({"params": params}, image, method="encode")
-  decoded = module.apply({"params": params}, posterior_sample(mean, logvar, key), method="decode")
+  noise = jax.random.normal(key, mean.shape, mean.dtype)
+  decoded = module.apply({"params": params}, posterior_sample(mean, logvar, noise), method="decode")
   error = jnp.mean(jnp.abs(image - decoded))
   divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
   return error + kl_weight * divergence, error

@@ -1,22 +1,36 @@
 """Every call of Orbax: the checkpoints of a run, and plain directories of parameters.
 
-A checkpoint holds `state` (step, params, ema_params, opt_state) and `data` (the
+A checkpoint holds `state` (step, params, ema_params, opt_state), `data` (the
 position of the input iterator, the same on every process), so that a resumed run ends with the bits of one
-that was never stopped. Orbax writes a checkpoint aside and renames it, so a killed
-save leaves the previous ones whole.
+that was never stopped, and `checksums` of the arrays. Orbax writes a checkpoint aside and renames it, so a killed
+save leaves the previous ones whole; where the newest is damaged on disk, the one before it is used.
 """
 
 import contextlib
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from eqm_jax import devices
+from eqm_jax.training.checksums import checksums
+
 DIRECTORY = "checkpoints"
+DAMAGED = "checkpoints_damaged"  # what a resumed run could not read, for whoever wants to look into it
+
+log = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(ValueError):
+  """A checkpoint that is not what was saved."""
 
 
 def open_manager(
@@ -33,7 +47,8 @@ def open_manager(
   else:
     policy = preservation.AnyPreservationPolicy([preservation.LatestN(keep), _Best(best)])
     options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-  handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+  json = ocp.JsonCheckpointHandler
+  handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": json(), "checksums": json()}
   directory = os.path.abspath(os.path.join(workdir, DIRECTORY))
   return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
@@ -50,37 +65,80 @@ class _Best(preservation.PreservationPolicy):
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, iterator: grain.DatasetIterator):
-  """Starts saving; returns once the device's arrays are copied and may be donated."""
-  args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(iterator.get_state()))
-  # `force`: the caller decides when to save.
-  manager.save(step, args=args, force=True)
-
-
-def restore(manager: ocp.CheckpointManager, step: int, shapes: Any, iterator: grain.DatasetIterator) -> Any:
-  """The state saved at `step`, placed as `shapes` (ShapeDtypeStructs with shardings) says.
-
-  Sets the iterator back to where it was.
+  """Starts saving; returns once the device's arrays are copied and may be donated.
 
   Raises:
-    ValueError: if the checkpoint holds other arrays than `shapes`.
+    OSError: if this or the save before it could not be written.
   """
-  state_args = ocp.args.PyTreeRestore(shapes, restore_args=ocp.checkpoint_utils.construct_restore_args(shapes))
-  directory = f"{manager.directory}/{step}"
-  with _naming(directory):
-    metadata = manager.item_metadata(step).state
-  _check_shapes(directory, metadata, shapes)
-  with _naming(directory):
-    restored = manager.restore(step, args=ocp.args.Composite(state=state_args, data=ocp.args.JsonRestore()))
-  iterator.set_state(restored.data)
-  return restored.state
+  args = ocp.args.Composite(
+    state=ocp.args.PyTreeSave(state),
+    data=ocp.args.JsonSave(iterator.get_state()),
+    checksums=ocp.args.JsonSave(checksums(state)),
+  )
+  with _writing(manager):
+    manager.save(step, args=args, force=True)  # the caller decides when to save
+
+
+@contextlib.contextmanager
+def finishing(manager: ocp.CheckpointManager) -> Iterator[None]:
+  """Ends with the last save on disk, and closes the manager.
+
+  Raises:
+    OSError: if it could not be written.
+  """
+  try:
+    yield
+    with _writing(manager):
+      manager.wait_until_finished()
+  finally:
+    with contextlib.suppress(Exception):  # the error of a save, told above or less telling than the one on its way
+      manager.close()
+
+
+def preempted(manager: ocp.CheckpointManager, step: int) -> bool:
+  """Whether all processes are to stop after this step, because one was sent SIGTERM."""
+  return manager.reached_preemption(step)
+
+
+def restore_newest(
+  manager: ocp.CheckpointManager, shapes: Any, iterator: grain.DatasetIterator
+) -> tuple[Any, int] | None:
+  """The newest state that is whole, placed as `shapes` (ShapeDtypeStructs with shardings) says, and its step.
+
+  Sets the iterator back to where it was. Checkpoints that are damaged are told in a warning and moved aside.
+
+  Returns:
+    None: there is no checkpoint.
+
+  Raises:
+    ValueError: if all are damaged, or one holds other arrays than `shapes`.
+  """
+  there = sorted(manager.all_steps(), reverse=True)
+  for step in there:
+    directory = f"{manager.directory}/{step}"
+    found, damage = None, f"{directory}: damaged checkpoint, as another process finds"
+    try:
+      found = _read(directory, shapes)
+    except DamagedCheckpoint as error:
+      damage = str(error)
+    # Each process has read its own part of the arrays: what one of them finds counts for all.
+    if devices.from_all(np.asarray([found is not None], np.uint32)).all():
+      state, data, saved = found
+      differing = _differing(state, saved)
+      if not differing:
+        iterator.set_state(data)
+        return state, step
+      damage = f"{directory}: damaged checkpoint (other bits than were saved: {', '.join(differing)[:200]})"
+    log.warning("%s. It is moved to %s, and the one before it is used", damage, DAMAGED)
+    _set_aside(manager, step)
+  if there:
+    raise ValueError(f"{manager.directory}: every checkpoint is damaged; they lie in {DAMAGED} beside it now")
+  return None
 
 
 def steps(workdir: str) -> list[int]:
-  """The steps of a run's finished checkpoints, ascending."""
-  if not os.path.isdir(os.path.join(workdir, DIRECTORY)):
-    return []
-  with contextlib.closing(open_manager(workdir)) as manager:
-    return sorted(manager.all_steps())
+  """The steps of a run's finished checkpoints, ascending. Waits for no other process."""
+  return sorted(ocp.path.step.checkpoint_steps(os.path.join(workdir, DIRECTORY)))
 
 
 def restore_params(workdir: str, name: str, shapes: Any, step: int | None = None) -> tuple[Any, int]:
@@ -98,14 +156,20 @@ def restore_params(workdir: str, name: str, shapes: Any, step: int | None = None
     raise ValueError(
       f"{workdir}: no finished checkpoint{wanted} in its {DIRECTORY}, there are {there or 'none'}; was it trained?"
     )
-  step = there[-1] if step is None else step
-  with contextlib.closing(open_manager(workdir)) as manager:
-    directory = f"{manager.directory}/{step}"
-    with _naming(directory):
-      metadata = manager.item_metadata(step).state
-    _check_shapes(directory, metadata, {name: shapes})
-    with _naming(directory):
-      return manager.restore(step, args=ocp.args.Composite(state=_partial_restore({name: shapes}))).state[name], step
+  wanted = {name: shapes}
+  placed = _on_first_device(wanted)
+  for candidate in sorted(there, reverse=True) if step is None else [step]:
+    directory = os.path.join(os.path.abspath(workdir), DIRECTORY, str(candidate))
+    try:
+      state, _, saved = _read(directory, placed)
+      if differing := _differing(state, saved):
+        raise DamagedCheckpoint(f"{directory}: damaged checkpoint (other bits than were saved: {differing[0]}, ...)")
+      return state[name], candidate
+    except DamagedCheckpoint as error:
+      if candidate == min(there) or step is not None:
+        raise
+      log.warning("%s. The one before it is used", error)
+  raise AssertionError("the oldest checkpoint is used or refused")
 
 
 def write_tree(directory: str, tree: Any):
@@ -126,13 +190,53 @@ def read_tree(directory: str, shapes: Any) -> Any:
       metadata = checkpointer.metadata(directory).item_metadata
     _check_shapes(directory, metadata, shapes)
     with _naming(directory):
-      return checkpointer.restore(directory, args=_partial_restore(shapes))
+      return checkpointer.restore(directory, args=_partial_restore(_on_first_device(shapes)))
 
 
-def _partial_restore(shapes: Any) -> ocp.args.PyTreeRestore:
-  """Asks for the arrays in `shapes`, of all that a checkpoint holds, on the first device."""
+def _read(directory: str, shapes: Any) -> tuple[Any, Any, dict[str, int]]:
+  """(the arrays of `shapes`, the iterator's position, checksums) of a checkpoint, without waiting for other processes.
+
+  Raises:
+    DamagedCheckpoint: if it cannot be read.
+    ValueError: if it holds other arrays.
+  """
+  path, handler, json = epath.Path(directory), ocp.PyTreeCheckpointHandler(), ocp.JsonCheckpointHandler()
+  with _naming(directory):
+    metadata = handler.metadata(path / "state")
+  _check_shapes(directory, metadata, shapes)
+  with _naming(directory):
+    state = handler.restore(path / "state", args=_partial_restore(shapes))
+    data = json.restore(path / "data")
+    # Runs from before there were checksums have none.
+    saved = json.restore(path / "checksums") if (path / "checksums").exists() else {}
+  return state, data, saved
+
+
+def _differing(tree: Any, saved: dict[str, int]) -> list[str]:
+  """The paths of the arrays whose checksum is not the saved one."""
+  return [name for name, value in checksums(tree).items() if saved and saved.get(name) != value]
+
+
+def _set_aside(manager: ocp.CheckpointManager, step: int):
+  """Moves a checkpoint out of the way, so that its step can be saved again."""
+  if devices.process()[0] == 0:
+    there = os.path.join(os.path.dirname(manager.directory), DAMAGED)
+    os.makedirs(there, exist_ok=True)
+    count = len([name for name in os.listdir(there) if name.split(".")[0] == str(step)])
+    shutil.move(
+      os.path.join(manager.directory, str(step)), os.path.join(there, f"{step}.{count}" if count else str(step))
+    )
+  devices.wait_for_all(f"checkpoint {step} set aside")
+  manager.reload()
+
+
+def _on_first_device(shapes: Any) -> Any:
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+
+
+def _partial_restore(placed: Any) -> ocp.args.PyTreeRestore:
+  """Asks for the arrays in `placed`, of all that a checkpoint holds, where their shardings say."""
   restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
   return ocp.args.PyTreeRestore(placed, restore_args=restore_args, partial_restore=True)
 
@@ -143,13 +247,33 @@ def _naming(directory: str) -> Iterator[None]:
   try:
     yield
   except (ValueError, KeyError, OSError, AttributeError) as error:  # what Orbax and tensorstore raise on damaged files
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    raise ValueError(f"{directory}: damaged checkpoint ({reason}). Remove it, and the one before it is used") from error
+    raise DamagedCheckpoint(f"{directory}: damaged checkpoint ({_reason(error)})") from error
+
+
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+  """Names the directory, and what is whole in it, when something cannot be written."""
+  try:
+    yield
+  except (
+    ValueError,
+    OSError,
+    RuntimeError,
+  ) as error:  # what Orbax and tensorstore raise on a full disk, some of it late
+    finished = steps(os.path.dirname(manager.directory))
+    raise OSError(
+      f"{manager.directory}: a checkpoint could not be written ({_reason(error)}). Those of steps {finished} are "
+      "whole: make room, and start again"
+    ) from error
+
+
+def _reason(error: Exception) -> str:
+  return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _check_shapes(directory: str, metadata: Any, expected: Any):
   if metadata is None or metadata.tree is None:
-    raise ValueError(f"{directory}: a damaged checkpoint: its metadata is missing")
+    raise DamagedCheckpoint(f"{directory}: damaged checkpoint (its metadata is missing)")
   saved = _named(metadata.tree)
   for name, shape in _named(expected).items():
     if name not in saved:

@@ -27,12 +27,19 @@ FREE = (
   "data.samples.",
   "data.threads.",
   "evaluation.",
+  "mesh.",  # to rounding
+  "model.remat.",
+  "model.unroll.",
   "prepare.",
   "report.",
   "sample.",
   "samplers.",
+  "sharding.",
   "tasks.",
+  "train.accumulate.",
   "train.init_from.",
+  "train.log_every.",
+  "train.profile.",
 )
 
 NO_GRADIENT = (
@@ -85,11 +92,17 @@ def check_fits(
   if not 0 <= config.objective.clean_share < 1:
     raise ValueError(f"objective.clean_share = {config.objective.clean_share} must lie in [0, 1)")
   _check_energy(config, model)
+  if config.train.accumulate > 1 and config.objective.dispersive_weight:
+    raise ValueError(
+      f"train.accumulate = {config.train.accumulate} splits the batch, but the dispersive loss is of all its pairs: "
+      "set objective.dispersive_weight = 0 or train.accumulate = 1"
+    )
   if not 0 <= config.optimizer.ema_decay < 1:
     raise ValueError(f"optimizer.ema_decay = {config.optimizer.ema_decay} must lie in [0, 1)")
   counts = {
     "train.steps": config.train.steps,
     "train.batch_size": config.train.batch_size,
+    "train.accumulate": config.train.accumulate,
     "train.log_every": config.train.log_every,
     "checkpoint.every": config.checkpoint.every,
     "checkpoint.keep": config.checkpoint.keep,

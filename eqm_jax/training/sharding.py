@@ -1,7 +1,8 @@
 """Where arrays live: one mesh, and a short ordered table from parameter paths to axes.
 
 Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor`
-splits the parameters within a layer.
+splits the parameters within a layer. The network says the same of its activations
+(networks.dit).
 """
 
 import math
@@ -10,9 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import ml_collections
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+EMA = ("parameters", "devices")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
@@ -30,23 +34,31 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
   if -1 in sizes:
     sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size > 0))
   if math.prod(sizes) != len(devices):
-    raise ValueError(f"mesh {described} needs {math.prod(sizes)} devices, but there are {len(devices)}")
+    raise ValueError(
+      f"mesh {described} needs {math.prod(sizes)} devices or a multiple, but there are {len(devices)}: set config.mesh"
+    )
   # Auto axes: jax.make_mesh would default to Explicit ones, which linen does not know.
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, batch_size: int, parts: int = 1) -> NamedSharding:
   """The leading axis over `data` and `fsdp`.
+
+  Args:
+    batch_size: samples in one step.
+    parts: of the batch, one after another (train.accumulate).
 
   Raises:
     ValueError: if the batch does not divide.
   """
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % ways:
+  ways = math.prod(mesh.shape[axis] for axis in BATCH)
+  if batch_size % (ways * parts):
+    accumulated = f" in {parts} parts (train.accumulate)" if parts > 1 else ""
     raise ValueError(
-      f"batch size {batch_size} does not divide over {ways} devices (data × fsdp): use a multiple of {ways}"
+      f"batch size {batch_size} does not divide over {ways} devices (data × fsdp){accumulated}: "
+      f"use a multiple of {ways * parts}"
     )
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -62,7 +74,7 @@ def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
 
   Args:
     shapes: a tree of arrays or ShapeDtypeStructs.
-    rules: ordered (regex, axis name or None for each array axis).
+    rules: ordered (regex, axis name or None for each array axis; none at all: the array is on every device).
     mesh: from `make_mesh`.
 
   Raises:
@@ -74,10 +86,35 @@ def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
   )
 
 
-def table(shardings: Any) -> str:
-  """One line for each array: its path and its axes."""
-  rows = jax.tree_util.tree_leaves_with_path(shardings)
-  return "\n".join(f"  {path_name(path):32s} {tuple(leaf.spec) or 'replicated'}" for path, leaf in rows)
+def state_shardings(shapes: Any, options: ml_collections.ConfigDict, mesh: Mesh) -> Any:
+  """The sharding of every leaf of a TrainState; `options` is the config's section `sharding`.
+
+  Raises:
+    ValueError: as `tree_shardings`, and if `ema` is not one of `EMA`.
+  """
+  if options.ema not in EMA:
+    raise ValueError(f"sharding.ema = {options.ema!r} is not one of {', '.join(EMA)}")
+  shardings = tree_shardings(shapes, options.rules, mesh)
+  if options.ema == "parameters":
+    return shardings
+  # Nothing but its own update reads the average, so no device needs what another has.
+  return shardings.replace(
+    ema_params=jax.tree.map(
+      lambda leaf, placed: NamedSharding(mesh, _also_over_data(leaf.shape, placed.spec, mesh)),
+      shapes.ema_params,
+      shardings.ema_params,
+    )
+  )
+
+
+def table(shapes: Any, shardings: Any) -> str:
+  """One line for each array: its path, its axes, and what a device holds of it."""
+  rows = []
+  for (path, leaf), placed in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings)):
+    size = math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    axes = ", ".join(str(axis) for axis in placed.spec) if any(placed.spec) else "replicated"
+    rows.append(f"  {path_name(path):32s} {size / 2**20:9.3f} MiB  {axes}")
+  return "\n".join(rows)
 
 
 def path_name(path: tuple) -> str:
@@ -99,9 +136,21 @@ def _spec(path: tuple, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Part
   return PartitionSpec(*("fsdp" if i == largest else None for i in range(len(shape))))
 
 
+def _also_over_data(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+  """`spec` with `data` added to the longest axis that it divides further, if one is."""
+  axes = [*spec, *(None,) * (len(shape) - len(spec))]
+  shards = NamedSharding(mesh, spec).shard_shape(shape)
+  dividing = [i for i, size in enumerate(shards) if size % mesh.shape["data"] == 0]
+  if not dividing:
+    return spec
+  longest = max(dividing, key=lambda i: shards[i])
+  axes[longest] = ("data",) if axes[longest] is None else (axes[longest], "data")
+  return PartitionSpec(*axes)
+
+
 def _check_rule(pattern: str, axes: Sequence[str | None], name: str, shape: tuple[int, ...], mesh: Mesh):
   rule = f"sharding rule {pattern!r} → {tuple(axes)}"
-  if len(axes) != len(shape):
+  if axes and len(axes) != len(shape):
     raise ValueError(f"{rule} has {len(axes)} axes, but {name} has shape {shape}")
   for axis, size in zip(axes, shape):
     if axis is not None and axis not in AXES:

@@ -63,13 +63,24 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, steps: int) -> Cal
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-  """AdamW, after clipping of the gradient's global norm where `clip_norm` is above 0."""
+  """AdamW, after clipping of the gradient's global norm where `clip_norm` is above 0.
+
+  With `skip_nonfinite` a gradient that is not finite changes nothing, until more than so many follow each other.
+  """
   adamw = optax.adamw(
     learning_rate_schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
   )
   if config.clip_norm < 0:
     raise ValueError(f"optimizer.clip_norm = {config.clip_norm} must not be negative (0: no clipping)")
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+  if config.skip_nonfinite < 0:
+    raise ValueError(f"optimizer.skip_nonfinite = {config.skip_nonfinite} must not be negative (0: none is skipped)")
+  optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+  return optax.apply_if_finite(optimizer, config.skip_nonfinite) if config.skip_nonfinite else optimizer
+
+
+def skipped(opt_state: optax.ApplyIfFiniteState) -> jax.Array:
+  """How many batches the run has skipped, with optimizer.skip_nonfinite."""
+  return opt_state.total_notfinite
 
 
 def update(state: TrainState, gradient: Any, optimizer: optax.GradientTransformation, ema_decay: float) -> TrainState:

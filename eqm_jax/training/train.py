@@ -5,9 +5,6 @@ import functools
 import json
 import logging
 import os
-import signal
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import clu.parameter_overview
@@ -15,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
+from eqm_jax import devices, hardware
 from eqm_jax.data import pipeline, sources
-from eqm_jax.data.codec import Codec, check_same_autoencoder, encode_batch
-from eqm_jax.equilibrium import energy, objective
+from eqm_jax.data.codec import Codec, check_same_autoencoder
+from eqm_jax.equilibrium import objective
 from eqm_jax.evaluation import samplers
 from eqm_jax.evaluation.comparison import Comparison
-from eqm_jax.files import write_json
-from eqm_jax.networks.autoencoder import posterior_sample
+from eqm_jax.files import claimed, write_json
+from eqm_jax.networks import flops
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import checkpoint, checks, metrics, pretrained, quality, sharding
+from eqm_jax.training import checkpoint, checks, metrics, pretrained, quality, sharding, stopping, tracing
 from eqm_jax.training import state as state_lib
+from eqm_jax.training import step as step_lib
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +50,21 @@ def train(
     True when trained to the end; False when SIGTERM came first, after saving.
 
   Raises:
-    ValueError: before compilation, if something in the config does not fit.
+    ValueError: before compilation, if something in the config does not fit, or another run has the workdir.
     FloatingPointError: if the loss stops being finite; names the step.
+    OSError: if a checkpoint cannot be written; those before it stay.
   """
+  with claimed(workdir) if devices.process()[0] == 0 else contextlib.nullcontext():
+    return _train(config, workdir, codec, known, batching)
+
+
+def _train(
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  codec: Codec | None,
+  known: Comparison | None,
+  batching: samplers.Batching | None,
+) -> bool:
   # ---------------------------------------------------------------- what is asked
   source = sources.open_source(config.data.source, {**config.data.options})
   model = DiT(**config.model)
@@ -63,20 +73,20 @@ def train(
   if codec:
     check_same_autoencoder(f"data.source {config.data.source!r}", identity, codec.identity)
   checks.check_fits(config, model, source, codec if encodes else None, identity)
-  schedule = objective.Schedule(**config.objective.schedule)
   steps, batch_size = config.train.steps, config.train.batch_size
   optimizer = state_lib.make_optimizer(config.optimizer, steps)
   mesh = sharding.make_mesh(**config.mesh)
-  batch_sharding = sharding.batch_sharding(mesh, batch_size)
+  batch_sharding = sharding.batch_sharding(mesh, batch_size, config.train.accumulate)
+  trace = tracing.Trace(config.train.profile, workdir)
   checks.check_same_run(workdir, config, identity, len(source))
 
   # ---------------------------------------------------------------- state: shapes → shardings → jitted init
   init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
   shapes = jax.eval_shape(init)
-  shardings = sharding.tree_shardings(shapes, config.sharding.rules, mesh)
+  shardings = sharding.state_shardings(shapes, config.sharding, mesh)
   log.info("model\n%s", clu.parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
-  log.info("sharding\n%s", sharding.table(shardings.params))
-  log.info("devices: %d × %s, mesh %s", jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape))
+  log.info("sharding, and what one device holds\n%s", sharding.table(shapes.params, shardings.params))
+  _log_devices(config, mesh)
 
   begins_warm = config.train.init_from and not checkpoint.steps(workdir)
   warm = _warm_start(config.train.init_from, model, shapes.params) if begins_warm else None
@@ -93,59 +103,50 @@ def train(
   )
   scores = None
   manager = checkpoint.open_manager(workdir, config.checkpoint.keep, lambda: scores.best if scores else None)
-  first_step = manager.latest_step() or 0
-  if known is not None and config.evaluation.during_training.every:
-    scores = quality.Quality(config, workdir, model, known, batching, mesh, first_step)
   described = json.loads(config.to_json())
   described["data"]["samples"] = len(source)
   if identity:
     described["autoencoder"] |= {name: identity[name] for name in ("name", "sha256")}
   if jax.process_index() == 0:
     write_json(os.path.join(workdir, pretrained.CONFIG), described)
-  if first_step:
-    placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
-    state = checkpoint.restore(manager, first_step, placed, data)
+  placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+  if found := checkpoint.restore_newest(manager, placed, data):
+    state, first_step = found
     log.info("resumed from step %d", first_step)
   else:
-    state = jax.jit(init, out_shardings=shardings)()
+    state, first_step = jax.jit(init, out_shardings=shardings)(), 0
     if warm is not None:
       params = jax.device_put(warm, shardings.params)
       state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
       log.info("started from the weights of %s", config.train.init_from)
+  if known is not None and config.evaluation.during_training.every:
+    scores = quality.Quality(config, workdir, model, known, batching, mesh, first_step)
 
   # ---------------------------------------------------------------- one step
-  learning_rate = state_lib.learning_rate_schedule(config.optimizer, steps)
-
   frozen = jax.device_put(codec.params, sharding.replicated(mesh)) if encodes else None
-
-  def step_fn(state, batch, frozen):
-    batch = encode_batch(codec.module, frozen, batch) if encodes else batch
-    key = jax.random.fold_in(state_lib.stream_key(config.seed, "steps"), state.step)
-    loss_fn = functools.partial(batch_loss, model, config.objective, schedule, batch, key)
-    loss, gradient = jax.value_and_grad(loss_fn)(state.params)
-    updated = state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay)
-    scalars = {
-      "loss": loss,
-      "gradient_norm": optax.tree.norm(gradient),
-      "parameter_norm": optax.tree.norm(updated.params),  # not finite if the update was not
-      "learning_rate": learning_rate(state.step),
-    }
-    return updated, scalars
-
-  step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  step_fn = step_lib.make_step(config, model, optimizer, mesh, shardings, codec.module if encodes else None)
 
   # ---------------------------------------------------------------- the loop
-  zero_loss = _loss_scale(config.objective, schedule)
-  writer = metrics.MetricWriter(workdir, first_step=first_step, last_step=steps, batch_size=batch_size)
+  zero_loss = _loss_scale(config.objective, objective.Schedule(**config.objective.schedule))
+  writer = metrics.MetricWriter(
+    workdir, first_step=first_step, last_step=steps, batch_size=batch_size, flops_per_example=flops.training(model)
+  )
+  skipped = int(state_lib.skipped(state.opt_state)) if config.optimizer.skip_nonfinite else 0
 
   def report(step, scalars):
     """Fetches one step's metrics, a step late so that the device always has work queued."""
+    nonlocal skipped
     scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
-    if not all(np.isfinite(value) for value in scalars.values()):
-      seen = ", ".join(f"{name} = {value}" for name, value in scalars.items())
+    before, skipped = skipped, scalars.get("skipped", 0)
+    # A batch that is left out has spoilt its loss, but not the parameters.
+    vital = ("parameter_norm", "learning_rate") if skipped > before else scalars
+    seen = ", ".join(f"{name} = {value}" for name, value in scalars.items())
+    if not all(np.isfinite(scalars[name]) for name in vital):
       raise FloatingPointError(
         f"step {step}: {seen}; stopped. The newest checkpoint is that of step {manager.latest_step()}"
       )
+    if skipped > before:
+      log.warning("step %d: %s; this batch is left out", step, seen)
     if scores:
       scores.collect(writer, wait=False)
     if step % config.train.log_every == 0 or step in (1, steps):
@@ -158,77 +159,48 @@ def train(
         scores.draw(step, state, writer)
 
   with contextlib.ExitStack() as stack:
-    for closed in (manager, writer):
+    stack.enter_context(checkpoint.finishing(manager))
+    for closed in (writer, trace):
       stack.enter_context(contextlib.closing(closed))
-    stopped = stack.enter_context(_sigterm())
-    pending = None
+    told_to_stop = stack.enter_context(stopping.told_to_stop(manager))
+    pending, stopped = None, False
     judge(first_step, state)  # the run was killed before the scores of its last checkpoint were there
     for step in range(first_step + 1, steps + 1):
       with writer.waiting():
         batch = next(data)
+      trace.before(step)
       state, scalars = step_fn(state, batch, frozen)
+      trace.after(step, scalars)
       if pending:
         report(*pending)
       pending = step, scalars
-      stopping = stopped.is_set()
+      stopped = told_to_stop(step)
       due = scores is not None and scores.is_due(step)
-      if step % config.checkpoint.every == 0 or step == steps or stopping or due:
+      if step % config.checkpoint.every == 0 or step == steps or stopped or due:
         report(*pending)  # nothing that is not finite gets into a checkpoint
         pending = None
-        if scores and not stopping:  # a process that is told to end has no time for it
+        if scores and not stopped:  # a process that is told to end has no time for it
           scores.collect(writer)  # which of the checkpoints is the best
         checkpoint.save(manager, step, state, data)
-      if stopping:
+      if stopped:
         log.info("SIGTERM: saved step %d", step)
         break
       judge(step, state)
-    if scores and not stopped.is_set():
+    if scores and not stopped:
       scores.collect(writer)
-  return not stopped.is_set()
+  return not stopped
 
 
-def batch_loss(
-  model: DiT,
-  config: ml_collections.ConfigDict,
-  schedule: objective.Schedule,
-  batch: dict[str, jax.Array],
-  key: jax.Array,
-  params: Any,
-) -> jax.Array:
-  """The loss of one batch, a scalar; `config` is the objective section.
-
-  All randomness is drawn here, for the global batch, from the one key of the step.
-  """
-  key_data, key_gamma, key_noise, key_label, key_clean = jax.random.split(key, 5)
-  data_BxHxWxC = draw_data(batch, key_data)
-  gamma_B = jax.random.uniform(key_gamma, data_BxHxWxC.shape[:1])
-  gamma_B = jnp.where(jax.random.bernoulli(key_clean, config.clean_share, gamma_B.shape), 1.0, gamma_B)
-  noise_BxHxWxC = jax.random.normal(key_noise, data_BxHxWxC.shape)
-  dropped_B = jax.random.bernoulli(key_label, config.label_dropout, gamma_B.shape)
-  label_B = jnp.where(dropped_B, model.num_classes, batch["label"])
-
-  def field_fn(x_BxHxWxC, *gamma):  # → f, and the tokens for the dispersive loss
-    if energy.is_energy(model):
-      return energy.SECOND_ORDER[config.second_order](model, model.energy, params, x_BxHxWxC, label_B), None
-    return model.apply({"params": params}, x_BxHxWxC, label_B, *gamma, return_tokens=True)
-
-  if config.kind == "equilibrium":
-    loss_B, tokens = objective.equilibrium_loss(field_fn, data_BxHxWxC, noise_BxHxWxC, gamma_B, schedule, has_aux=True)
-  else:
-    loss_B, tokens = objective.flow_matching_loss(
-      field_fn, data_BxHxWxC, noise_BxHxWxC, gamma_B, timed=model.time_input, has_aux=True
-    )
-  loss = jnp.mean(loss_B)
-  if config.dispersive_weight:
-    loss += config.dispersive_weight * objective.dispersive_loss(tokens)
-  return loss
-
-
-def draw_data(batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-  """The batch's images, or latents drawn from the autoencoder's posterior N(mean, exp(logvar))."""
-  if "image" in batch:
-    return batch["image"]
-  return posterior_sample(batch["mean"], batch["logvar"], key)
+def _log_devices(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
+  kind, described = jax.devices()[0].device_kind, dict(mesh.shape)
+  log.info("devices: %d × %s in %d processes, mesh %s", jax.device_count(), kind, jax.process_count(), described)
+  if hardware.chip_of(kind) is None:
+    log.info("nobody states a peak rate of %s: no model FLOPs utilization (mfu) is told", kind)
+  if cache := jax.config.jax_compilation_cache_dir:
+    log.info("compiled programs are kept in %s", cache)
+  if config.objective.dispersive_weight:
+    size = config.train.batch_size
+    log.info("dispersive loss: over all %d² pairs of the global batch, whatever the mesh", size)
 
 
 def _warm_start(path: str, model: DiT, shapes: Any) -> Any:
@@ -253,14 +225,3 @@ def _loss_scale(config: ml_collections.ConfigDict, schedule: objective.Schedule)
     return 1.0
   at_data = float(objective.magnitude(jnp.ones(()), schedule)) ** 2
   return (1 - config.clean_share) * objective.mean_square_magnitude(schedule) + config.clean_share * at_data
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-  """An event that SIGTERM sets, instead of killing the process."""
-  stopped = threading.Event()
-  previous = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-  try:
-    yield stopped
-  finally:
-    signal.signal(signal.SIGTERM, previous)

@@ -11,7 +11,7 @@ from conftest import load_config
 from eqm_jax.data import shipped
 from eqm_jax.equilibrium import objective
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import pretrained, train
+from eqm_jax.training import pretrained, step, train
 
 
 def small_config(energy: str = "none", **changes):
@@ -35,7 +35,7 @@ def loss_of(config, params) -> float:
   digits = shipped.digits()
   batch = {"image": jnp.asarray(digits.images), "label": jnp.asarray(digits.labels)}
   model, schedule = DiT(**config.model), objective.Schedule()
-  loss_fn = functools.partial(train.batch_loss, model, config.objective, schedule, batch, jax.random.key(1))
+  loss_fn = functools.partial(step.batch_loss, model, config.objective, schedule, batch, jax.random.key(1))
   return float(jax.jit(loss_fn)(params))
 
 
@@ -88,7 +88,7 @@ def test_a_share_at_gamma_one_has_nothing_to_learn_but_rest():
 
   def loss(share):
     config.objective.clean_share = share
-    return train.batch_loss(model, config.objective, objective.Schedule(), batch, jax.random.key(1), params)
+    return step.batch_loss(model, config.objective, objective.Schedule(), batch, jax.random.key(1), params)
 
   assert loss(1.0) < 1e-9 < 0.1 * loss(0.0) < loss(0.5) < loss(0.0)
 

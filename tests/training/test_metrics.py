@@ -9,7 +9,7 @@ def steps(directory):
 
 
 def write(directory, first_step, values):
-  writer = MetricWriter(str(directory), first_step=first_step, last_step=100, batch_size=8)
+  writer = MetricWriter(str(directory), first_step=first_step, last_step=100, batch_size=8, flops_per_example=1000)
   for step in values:
     writer.write(step, {"loss": 1.0 / step})
   writer.close()

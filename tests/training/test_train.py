@@ -15,7 +15,7 @@ from conftest import ROOT, load_config
 
 from eqm_jax.equilibrium import objective
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import checkpoint, pretrained, train
+from eqm_jax.training import checkpoint, pretrained, step, train
 
 # One run, as a config and as the flags that make the same config in another process.
 OVERRIDES = {
@@ -119,7 +119,7 @@ def test_golden_step(tiny_config):
   network's start, the draws of γ, noise and dropped labels, or the loss: on purpose."""
   model, batch, params = golden_inputs(tiny_config)
   loss_fn = functools.partial(
-    train.batch_loss, model, tiny_config.objective, objective.Schedule(), batch, jax.random.key(1)
+    step.batch_loss, model, tiny_config.objective, objective.Schedule(), batch, jax.random.key(1)
   )
   loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(perturbed(params))
   np.testing.assert_allclose(loss, GOLDEN_LOSS, rtol=1e-4)
@@ -151,7 +151,7 @@ def test_each_objective_trains_and_dispersion_is_added(tiny_config):
   def loss(model, params=params, **changes):
     config = tiny_config.objective.copy_and_resolve_references()
     config.update(changes)
-    return train.batch_loss(model, config, objective.Schedule(**config.schedule), batch, key, params)
+    return step.batch_loss(model, config, objective.Schedule(**config.schedule), batch, key, params)
 
   plain, dispersed = loss(model), loss(model, dispersive_weight=0.5)
   _, tokens = model.apply({"params": params}, batch["image"], batch["label"], return_tokens=True)
@@ -165,7 +165,7 @@ def test_each_objective_trains_and_dispersion_is_added(tiny_config):
 
 def test_latents_are_drawn_anew_from_their_posterior():
   batch = {"mean": jnp.full((4000, 1, 1, 1), 3.0), "logvar": jnp.full((4000, 1, 1, 1), np.log(0.25))}
-  first, second = (train.draw_data(batch, jax.random.key(i)) for i in range(2))
+  first, second = (step.data_of(batch, jax.random.normal(jax.random.key(i), (4000, 1, 1, 1))) for i in range(2))
   np.testing.assert_allclose([first.mean(), first.std()], [3.0, 0.5], rtol=0.03)
   assert not np.array_equal(first, second)
 
@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_told_in_one_line(tiny_config, tmp_path, damage)
   files = [path for path in (state / "d").iterdir()] if damage == "array" else [state / "_METADATA"]
   for path in files:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  with pytest.raises(ValueError, match=r"checkpoints/4: damaged checkpoint .*Remove it") as error:
+  with pytest.raises(ValueError, match=r"checkpoints/4: damaged checkpoint \(") as error:
     pretrained.load(tmp_path)
   assert "\n" not in str(error.value)
 

@@ -1,0 +1,157 @@
+"""One training step: state and batch in, the next state and what is told of the step out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from eqm_jax.data.codec import encode_batch
+from eqm_jax.equilibrium import energy, objective
+from eqm_jax.networks.autoencoder import Autoencoder, posterior_sample
+from eqm_jax.networks.dit import DiT
+from eqm_jax.training import sharding
+from eqm_jax.training import state as state_lib
+
+
+def make_step(
+  config: ml_collections.ConfigDict,
+  model: DiT,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  shardings: Any,
+  encoder: Autoencoder | None = None,
+) -> Callable:
+  """The jitted step (state, batch, frozen) → (state, scalars); the state that goes in is donated.
+
+  Args:
+    config: the whole config.
+    model, optimizer: of the run.
+    mesh: that the batch and the state are spread over.
+    shardings: of the state, a tree of its structure.
+    encoder: encodes the batch's images, with the parameters `frozen`; None: nothing does, and `frozen` is None.
+  """
+  schedule = objective.Schedule(**config.objective.schedule)
+  learning_rate = state_lib.learning_rate_schedule(config.optimizer, config.train.steps)
+  parts = config.train.accumulate
+
+  def step_fn(state, batch, frozen):
+    key = jax.random.fold_in(state_lib.stream_key(config.seed, "steps"), state.step)
+    drawn = draw(model, config.objective, batch["label"], key)
+
+    def loss_fn(params, part):
+      batch, drawn = part
+      batch = encode_batch(encoder, frozen, batch) if encoder else batch
+      return drawn_loss(model, config.objective, schedule, batch, drawn, params)
+
+    # The network names the mesh's axes for its activations, and finds the mesh here.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      loss, gradient = _accumulated(jax.value_and_grad(loss_fn), state.params, (batch, drawn), parts, shardings.params)
+    updated = state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay)
+    scalars = {
+      "loss": loss,
+      "gradient_norm": optax.tree.norm(gradient),
+      "parameter_norm": optax.tree.norm(updated.params),  # not finite if the update was not
+      "learning_rate": learning_rate(state.step),
+    }
+    if config.optimizer.skip_nonfinite:
+      scalars["skipped"] = state_lib.skipped(updated.opt_state)
+    return updated, scalars
+
+  return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+@flax.struct.dataclass
+class Draws:
+  """The random numbers of one step, drawn for the global batch from the one key of the step."""
+
+  gamma_B: jax.Array
+  noise_BxHxWxC: jax.Array
+  label_B: jax.Array  # the null class where the label is dropped
+  posterior_BxHxWxC: jax.Array  # standard normal, of which latents are drawn; pixels need none, and XLA removes it
+
+
+def draw(model: DiT, config: ml_collections.ConfigDict, label_B: jax.Array, key: jax.Array) -> Draws:
+  """Draws γ, noise, dropped labels and latents' noise; `config` is the objective section."""
+  key_data, key_gamma, key_noise, key_label, key_clean = jax.random.split(key, 5)
+  shape_BxHxWxC = (*label_B.shape, *model.input_shape)
+  gamma_B = jax.random.uniform(key_gamma, label_B.shape)
+  gamma_B = jnp.where(jax.random.bernoulli(key_clean, config.clean_share, label_B.shape), 1.0, gamma_B)
+  dropped_B = jax.random.bernoulli(key_label, config.label_dropout, label_B.shape)
+  return Draws(
+    gamma_B=gamma_B,
+    noise_BxHxWxC=jax.random.normal(key_noise, shape_BxHxWxC),
+    label_B=jnp.where(dropped_B, model.num_classes, label_B),
+    posterior_BxHxWxC=jax.random.normal(key_data, shape_BxHxWxC),
+  )
+
+
+def batch_loss(
+  model: DiT,
+  config: ml_collections.ConfigDict,
+  schedule: objective.Schedule,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  params: Any,
+) -> jax.Array:
+  """The loss of one batch with the random numbers of one key, a scalar; `config` is the objective section."""
+  return drawn_loss(model, config, schedule, batch, draw(model, config, batch["label"], key), params)
+
+
+def drawn_loss(
+  model: DiT,
+  config: ml_collections.ConfigDict,
+  schedule: objective.Schedule,
+  batch: dict[str, jax.Array],
+  drawn: Draws,
+  params: Any,
+) -> jax.Array:
+  """The mean loss of samples whose random numbers are drawn, and the dispersive loss over all pairs of them."""
+  data_BxHxWxC = data_of(batch, drawn.posterior_BxHxWxC)
+
+  def field_fn(x_BxHxWxC, *gamma):  # → f, and the tokens for the dispersive loss
+    if energy.is_energy(model):
+      return energy.SECOND_ORDER[config.second_order](model, model.energy, params, x_BxHxWxC, drawn.label_B), None
+    return model.apply({"params": params}, x_BxHxWxC, drawn.label_B, *gamma, return_tokens=True)
+
+  inputs = field_fn, data_BxHxWxC, drawn.noise_BxHxWxC, drawn.gamma_B
+  if config.kind == "equilibrium":
+    loss_B, tokens = objective.equilibrium_loss(*inputs, schedule, has_aux=True)
+  else:
+    loss_B, tokens = objective.flow_matching_loss(*inputs, timed=model.time_input, has_aux=True)
+  loss = jnp.mean(loss_B)
+  if config.dispersive_weight:
+    loss += config.dispersive_weight * objective.dispersive_loss(tokens)
+  return loss
+
+
+def data_of(batch: dict[str, jax.Array], noise_BxHxWxC: jax.Array) -> jax.Array:
+  """The batch's images, or latents drawn from the autoencoder's posterior N(mean, exp(logvar)) by standard noise."""
+  if "image" in batch:
+    return batch["image"]
+  return posterior_sample(batch["mean"], batch["logvar"], noise_BxHxWxC)
+
+
+def _accumulated(function: Callable, params: Any, inputs: Any, parts: int, shardings: Any) -> tuple[jax.Array, Any]:
+  """`function`, which gives the mean loss of samples and its gradient, over one part of the samples after another.
+
+  The mean over equal parts is that of the whole, to rounding; memory is that of one part.
+  """
+  if parts == 1:
+    return function(params, inputs)
+
+  def sliced(leaf):  # part p gets samples p, p + parts, ...: of every device its own, so nothing moves between them
+    leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(leaf, PartitionSpec(None, sharding.BATCH))
+
+  def add(total, part):
+    total = jax.tree.map(jnp.add, total, function(params, part))
+    return (total[0], jax.lax.with_sharding_constraint(total[1], shardings)), None
+
+  zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+  total, _ = jax.lax.scan(add, zeros, jax.tree.map(sliced, inputs))
+  return jax.tree.map(lambda leaf: leaf / parts, total)
