@@ -34,8 +34,9 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
   if -1 in sizes:
     sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size > 0))
   if math.prod(sizes) != len(devices):
+    multiple = " or a multiple of them" if -1 in (data, fsdp, tensor) else ""
     raise ValueError(
-      f"mesh {described} needs {math.prod(sizes)} devices or a multiple, but there are {len(devices)}: set config.mesh"
+      f"mesh {described} needs {math.prod(sizes)} devices{multiple}, but there are {len(devices)}: set config.mesh"
     )
   # Auto axes: jax.make_mesh would default to Explicit ones, which linen does not know.
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

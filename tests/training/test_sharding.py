@@ -1,16 +1,15 @@
-import json
-import os
-import subprocess
-import sys
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, load_config
+from conftest import load_config
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from eqm_jax.training import sharding
+from eqm_jax.networks import dit
+from eqm_jax.training import sharding, state
 
 MESH = AbstractMesh((2, 4, 1), sharding.AXES)
 
@@ -57,77 +56,87 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize(
-  "sizes, text", [((0, 1, 1), "data=0"), ((-1, -1, 1), "at most one"), ((3, -1, 1), "needs 3 devices, but there are 1")]
+  "sizes, text",
+  [
+    ((0, 1, 1), "data=0"),
+    ((-1, -1, 1), "at most one"),
+    ((3, -1, 1), "needs 3 devices or a multiple of them, but there are 1"),
+  ],
 )
 def test_meshes_that_cannot_be_are_refused(sizes, text):
   with pytest.raises(ValueError, match=text):
     sharding.make_mesh(*sizes)
 
 
-# Trains and samples on a mesh of 8 pretended devices, and prints what came out.
-PROGRAM = """
-import json, sys
-import jax, numpy as np
-from conftest import load_config
-from eqm_jax.evaluation import samplers
-from eqm_jax.training import pretrained, sharding, train
-
-workdir, mesh_sizes = sys.argv[1], json.loads(sys.argv[2])
-config = load_config("digits", "smoke")
-config.model.update(width=16, depth=2, num_heads=2)
-config.train.update(steps=5, batch_size=16, log_every=1)
-config.optimizer.warmup_steps = 1
-config.mesh.update(mesh_sizes)
-assert train.train(config, workdir)
-trained = pretrained.load(workdir)
-labels = np.arange(24, dtype=np.int32) % 10
-batching = samplers.Batching(16, jax.random.key(0), 4.0)
-x = {}
-for name, changes in {"stream": {}, "lockstep": {"streaming": False}, "heun": {"rule": "heun"}}.items():
-  row = config.samplers.gd.copy_and_resolve_references()
-  row.update(changes)
-  x[name] = samplers.draw(name, row, trained.model, trained.params, labels, batching).result.x.tolist()
-json.dump({"devices": jax.device_count(), "x": x}, sys.stdout)
-"""
+# What each axis of a large parameter is split over, where each has a device to split it over.
+INTENT = {
+  "blocks/qkv/kernel": (None, "fsdp", None, "tensor", None),  # depth, width, 3, heads, width of a head
+  "blocks/attention_out/kernel": (None, "tensor", None, "fsdp"),
+  "blocks/mlp_in/kernel": (None, "fsdp", "tensor"),
+  "blocks/mlp_out/kernel": (None, "tensor", "fsdp"),
+  "blocks/modulation/kernel": (None, "fsdp", None),
+  "final_modulation/kernel": ("fsdp", None),
+  "label_embed/embedding": (None, "fsdp"),
+  "time_embed/dense_0/kernel": (None, "fsdp"),
+  "time_embed/dense_1/kernel": (None, "fsdp"),
+}
 
 
-def run_on(devices: int, workdir, **mesh) -> tuple[np.ndarray, dict[str, list]]:
-  """The losses of five steps, and samples in three ways."""
-  environment = {
-    "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-  }  # fmt: skip
-  command = [sys.executable, "-c", PROGRAM, str(workdir), json.dumps(mesh)]
-  finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-  assert finished.returncode == 0, finished.stderr
-  output = json.loads(finished.stdout)
-  assert output["devices"] == devices
-  losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return np.asarray(losses), output["x"]
-
-
-def test_one_device_and_eight_agree(tmp_path):
-  losses, x = run_on(1, tmp_path / "one", data=-1)
-  assert len(losses) == 5
-  other_losses, other_x = run_on(8, tmp_path / "eight", data=2, fsdp=4)
-  np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
-  for name in x:
-    np.testing.assert_allclose(other_x[name], x[name], atol=1e-4)
-  np.testing.assert_allclose(x["stream"], x["lockstep"], atol=1e-4)
-
-
-def test_local_launcher_refuses_what_is_no_number():
-  finished = subprocess.run([ROOT / "launch" / "local.sh", "many"], capture_output=True, text=True)
-  assert finished.returncode == 2 and "usage:" in finished.stderr and "'many'" in finished.stderr
-
-
-def test_shipped_rules_fit_the_shipped_models():
-  from eqm_jax.networks import dit
-
-  config = load_config("imagenet256", "XL/2")
-  shapes = dit.parameter_shapes(dit.DiT(**config.model))
-  mesh = AbstractMesh((1, 64, 1), sharding.AXES)
-  found = sharding.tree_shardings(shapes, config.sharding.rules, mesh)
-  for (path, leaf), (_, placed) in zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in (shapes, found))):
+@pytest.mark.parametrize("size", dit.SIZES)
+def test_the_table_says_where_every_large_parameter_lies(size):
+  """And moments and averages lie with their parameters; the rest is small enough for every device."""
+  config = load_config("imagenet256", f"{size}/2")
+  model, optimizer = dit.DiT(**config.model), state.make_optimizer(config.optimizer, 10)
+  shapes = jax.eval_shape(lambda: state.init_state(model, optimizer, 0))
+  mesh = AbstractMesh((2, 16, 2), sharding.AXES)
+  placed = sharding.state_shardings(shapes, config.sharding, mesh)
+  matched = set()
+  for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed)):
+    name = sharding.path_name(path)
+    intent = next((axes for ending, axes in INTENT.items() if name.endswith(ending)), None)
     if leaf.size * 4 > 2**20:
-      assert "fsdp" in placed.spec, f"{sharding.path_name(path)} {leaf.shape} is on every device"
+      assert intent, f"{name} {leaf.shape} is large, and nobody said where it is to lie"
+    if intent:
+      assert tuple(where.spec) == intent, name
+      matched.add(name.split("/")[0])
+    if any("tensor" in (axis or ()) for axis in where.spec):
+      assert {"qkv", "mlp_in", "mlp_out", "attention_out"} & set(name.split("/"))
+  assert matched == {"params", "ema_params", "opt_state"}
+
+
+def test_every_rule_is_used():
+  config = load_config("imagenet256", "B/2")
+  kinds = [dit.DiT(**{**config.model, "energy": energy}) for energy in ("none", "scalar")]
+  leaves = [leaf for kind in kinds for leaf in jax.tree_util.tree_leaves_with_path(dit.parameter_shapes(kind))]
+  names = [sharding.path_name(path) for path, _ in leaves]
+  first = {next(pattern for pattern, _ in config.sharding.rules if re.search(pattern, name)) for name in names}
+  assert first == {pattern for pattern, _ in config.sharding.rules}
+
+
+def test_the_average_may_lie_over_all_devices():
+  config = load_config("imagenet256", "B/2")
+  config.sharding.ema = "devices"
+  model, optimizer = dit.DiT(**config.model), state.make_optimizer(config.optimizer, 10)
+  shapes = jax.eval_shape(lambda: state.init_state(model, optimizer, 0))
+
+  def share(tree, placed):
+    sizes = [leaf.size for leaf in jax.tree.leaves(tree)]
+    shards = [math.prod(s.shard_shape(leaf.shape)) for leaf, s in zip(jax.tree.leaves(tree), jax.tree.leaves(placed))]
+    return sum(shards) / sum(sizes)
+
+  for sizes, parameters, average in (((8, 1, 1), 1, 1 / 8), ((4, 4, 1), 1 / 4, 1 / 16)):
+    placed = sharding.state_shardings(shapes, config.sharding, AbstractMesh(sizes, sharding.AXES))
+    np.testing.assert_allclose(share(shapes.params, placed.params), parameters, rtol=0.02)
+    np.testing.assert_allclose(share(shapes.opt_state, placed.opt_state), parameters, rtol=0.02)
+    np.testing.assert_allclose(share(shapes.ema_params, placed.ema_params), average, rtol=0.02)
+  config.sharding.ema = "nowhere"
+  with pytest.raises(ValueError, match="sharding.ema = 'nowhere' is not one of parameters, devices"):
+    sharding.state_shardings(shapes, config.sharding, MESH)
+
+
+def test_parts_of_a_batch_divide_too():
+  sharding.batch_sharding(MESH, 64, 4)
+  with pytest.raises(ValueError, match=r"batch size 24 .* 8 devices .* in 4 parts .* multiple of 32"):
+    sharding.batch_sharding(MESH, 24, 4)
+  with pytest.raises(ValueError, match="batch size 4 does not divide over 8 devices"):
+    sharding.batch_sharding(MESH, 4)

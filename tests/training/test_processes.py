@@ -1,0 +1,212 @@
+"""Runs of several real processes of one machine, which find each other on a port of it."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, load_config
+
+from eqm_jax import devices
+from eqm_jax.files import claimed
+from eqm_jax.training import checkpoint, pretrained, train
+
+RUN = {
+  "model.width": 16, "model.depth": 1, "model.num_heads": 2, "train.batch_size": 8, "train.log_every": 1,
+  "checkpoint.every": 5, "evaluation.samples": 0,
+}  # fmt: skip
+
+
+def free_port() -> int:
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+  path = f"{ROOT}:{ROOT / 'tests'}"
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path, **more}
+
+
+def start(workdir, count: int, devices: int = 1, **changes) -> list[subprocess.Popen]:
+  """The processes of one run."""
+  flags = [f"--config.{name}={value}" for name, value in (RUN | changes).items()]
+  command = [sys.executable, "-m", "eqm_jax.main", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *flags]
+  told = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"]
+  return [
+    subprocess.Popen(
+      [*command, *told, f"--process_id={i}"], cwd=ROOT, env=environment(devices), stderr=subprocess.PIPE, text=True
+    )
+    for i in range(count)
+  ]
+
+
+def ended(processes: list[subprocess.Popen], timeout: float = 200) -> list[str]:
+  """What each wrote to stderr, once all have ended."""
+  try:
+    return [process.communicate(timeout=timeout)[1] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+
+
+def wait_for_step(processes: list[subprocess.Popen], workdir: pathlib.Path, step: int, timeout: float = 200):
+  begin, metrics = time.monotonic(), workdir / "metrics.jsonl"
+  while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+    assert all(process.poll() is None for process in processes), "ended early"
+    assert time.monotonic() - begin < timeout, "no step came"
+    time.sleep(0.02)
+
+
+LONG = {"train.steps": 500, "optimizer.warmup_steps": 1, "optimizer.schedule": "constant"}
+
+
+def preempted(workdir, count: int, since: int = 0, **mesh: int) -> int:
+  """Runs `count` processes of two devices, of which the last is sent SIGTERM; the step that they saved."""
+  running = start(workdir, count, 2, **LONG, **{f"mesh.{axis}": size for axis, size in mesh.items()})
+  wait_for_step(running, workdir, since + 7)
+  running[-1].send_signal(signal.SIGTERM)
+  output = ended(running)
+  assert [process.returncode for process in running] == [0] * count, output
+  saved = checkpoint.steps(str(workdir))[-1]
+  assert f"SIGTERM: saved step {saved}" in output[0] and since < saved < LONG["train.steps"]
+  # Only the first process tells and writes.
+  assert f"step {since + 1}/" in output[0] and not any(f"step {since + 1}/" in other for other in output[1:])
+  # Every process wrote its part of the checkpoint.
+  assert len(list((workdir / "checkpoints" / str(saved) / "state").glob("ocdbt.process_*"))) == count
+  return saved
+
+
+def check_against_one_process(workdir, tmp_path, saved: int, monkeypatch):
+  """Ends the run in this process, and compares it with one that never knew another."""
+  monkeypatch.setattr(train.checks, "check_same_run", lambda *_: None)  # it would refuse the shorter run
+  config = load_config("digits", "smoke")
+  config.update_from_flattened_dict(RUN | LONG | {"train.steps": saved + 10})
+  records = []
+  for directory in (workdir, tmp_path / "one"):
+    assert train.train(config, str(directory))
+    records.append([json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()])
+    assert [record["step"] for record in records[-1]] == list(range(1, saved + 11))
+  np.testing.assert_allclose(*([record["loss"] for record in one] for one in records), rtol=1e-3)
+  ours, theirs = (pretrained.load(directory).params for directory in (workdir, tmp_path / "one"))
+  for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+    np.testing.assert_allclose(leaf, other, atol=2e-3)
+
+
+def test_two_processes_are_preempted_and_one_goes_on_on_another_mesh(tmp_path, monkeypatch):
+  saved = preempted(tmp_path / "two", 2, data=2, fsdp=2)
+  check_against_one_process(tmp_path / "two", tmp_path, saved, monkeypatch)
+
+
+@pytest.mark.slow
+def test_four_processes_then_two_then_one(tmp_path, monkeypatch):
+  workdir = tmp_path / "four"
+  saved = preempted(workdir, 4, data=2, fsdp=4)
+  saved = preempted(workdir, 2, since=saved, data=1, fsdp=2, tensor=2)
+  check_against_one_process(workdir, tmp_path, saved, monkeypatch)
+
+
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_when_a_process_dies_the_others_stop_with_a_message(tmp_path, killed):
+  running = start(tmp_path, 2, **LONG, **{"mesh.data": 2})
+  wait_for_step(running, tmp_path, 3)
+  running[killed].kill()
+  output = ended(running)
+  assert running[1 - killed].returncode not in (0, None)
+  assert "one of them ended" in output[1 - killed] or "JAX distributed service" in output[1 - killed], output
+
+
+def test_an_error_of_one_process_ends_all(tmp_path):
+  """Only the first claims the workdir; the others hear of it as of a death."""
+  with claimed(str(tmp_path)):
+    running = start(tmp_path, 2, **LONG, **{"mesh.data": 2})
+    output = ended(running)
+  assert all(process.returncode for process in running)
+  assert "another run is at work here" in output[0], output
+  assert "one of them ended" in output[1] or "JAX distributed service" in output[1], output
+
+
+# Notes which samples each process reads in three epochs, and that the pieces make one array.
+SHARDS = """
+import functools, json, sys
+import jax, numpy as np
+from eqm_jax import devices
+from eqm_jax.data import pipeline
+from eqm_jax.data.samples import Source
+from eqm_jax.training import sharding
+
+class Numbered(Source):
+  num_classes, shape, autoencoder = 24, (1, 1, 1), None
+
+  def __len__(self):
+    return 24
+
+  def __getitem__(self, index):
+    return {"image": np.full((1, 1, 1), index, np.float32), "label": np.int32(index)}
+
+with devices.joined(*(json.loads(argument) for argument in sys.argv[2:5])):
+  index, count = devices.process()
+  mesh = sharding.make_mesh(-1, 1, 1)
+  place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh, 8))
+  data = pipeline.batches(Numbered(), batch_size=8, seed=0, flip=False, threads=1, process_index=index,
+    process_count=count, place=functools.partial(jax.tree.map, place))
+  seen, total = [], 0.0
+  for _ in range(9):
+    batch = next(data)
+    seen.append([int(label) for shard in batch["label"].addressable_shards for label in shard.data])
+    total += float(jax.jit(jax.numpy.sum)(batch["image"]))
+  json.dump({"seen": seen, "total": total, "processes": count}, open(f"{sys.argv[1]}/{index}.json", "w"))
+"""
+
+
+def read_shards(tmp_path, count: int, arguments: list[list[str]], environments: list[dict[str, str]]):
+  running = [
+    subprocess.Popen([sys.executable, "-c", SHARDS, str(tmp_path), *told], env=env, stderr=subprocess.PIPE, text=True)
+    for told, env in zip(arguments, environments)
+  ]
+  output = ended(running)
+  assert not any(process.returncode for process in running), output
+  found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(count)]
+  seen = [one["seen"] for one in found]
+  for epoch in range(3):
+    of_each = [sum(one[3 * epoch : 3 * epoch + 3], []) for one in seen]
+    assert sorted(sum(of_each, [])) == list(range(24)), "every sample once: no two processes read the same"
+    assert {len(one) for one in of_each} == {24 // count}
+  assert {one["total"] for one in found} == {3.0 * sum(range(24))}, "all see the same global batches"
+  assert {one["processes"] for one in found} == {count}
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_share_the_data(tmp_path, count):
+  address = json.dumps(f"localhost:{free_port()}")
+  told = [[address, str(count), str(i)] for i in range(count)]
+  read_shards(tmp_path, count, told, [environment()] * count)
+
+
+@pytest.mark.slow
+def test_processes_find_each_other_by_slurm(tmp_path):
+  job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2"}
+  tasks = [environment(**job, SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+  read_shards(tmp_path, 2, [["null", "null", "null"]] * 2, tasks)
+
+
+@pytest.mark.parametrize(
+  "told, text",
+  [
+    (("localhost:1", None, 0), "--num_processes not given"),
+    ((None, 2, None), "--coordinator_address and --process_id not given"),
+    (("localhost:1", 2, 2), "--process_id=2: give HOST:PORT, and process_id from 0 to num_processes − 1"),
+    (("localhost", 2, 0), "--coordinator_address=localhost .*give HOST:PORT"),
+  ],
+)
+def test_processes_that_cannot_be_are_refused(told, text):
+  with pytest.raises(ValueError, match=text), devices.joined(*told):
+    pass
