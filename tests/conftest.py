@@ -11,6 +11,7 @@ import struct
 # processes that tests start; set before jax is imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from eqm_jax.convert import torch_file
+from eqm_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADS = {"eqm_tiny": 4, "eqm_tiny_p4": 3}  # what the .pt files cannot tell
@@ -96,6 +98,14 @@ def legacy_state_dict(tensors: dict[str, bytes]) -> bytes:
   """The pickle of an OrderedDict with `_metadata`, as a module's state dict has it."""
   items = b"".join(b"V%s\n" % name.encode() + opcodes for name, opcodes in tensors.items())
   return b"ccollections\nOrderedDict\n)R(" + items + b"u}V_metadata\n}V\n}Vversion\nI1\nsssb."
+
+
+def final_state(workdir: pathlib.Path) -> dict[str, bytes]:
+  """Every array of a run's newest checkpoint, as bytes."""
+  with checkpoint.open_manager(str(workdir)) as manager:
+    state = manager.restore(manager.latest_step()).state
+  flat = jax.tree_util.tree_flatten_with_path(state)[0]
+  return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
 
 
 class Reference:

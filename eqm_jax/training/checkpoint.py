@@ -268,7 +268,9 @@ def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-  return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+  """One line; the runtime's are long, with what was tried at the beginning and why it failed at the end."""
+  line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return line if len(line) <= 200 else f"{line[:100]} … {line[-100:]}"
 
 
 def _check_shapes(directory: str, metadata: Any, expected: Any):

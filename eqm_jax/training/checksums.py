@@ -35,7 +35,8 @@ def _weighted(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _checksum(leaf: jax.Array) -> jax.Array:
-  words = jax.lax.bitcast_convert_type(leaf, UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
+  bits = leaf if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, UNSIGNED[leaf.dtype.itemsize])
+  words = bits.astype(jnp.uint32)
   # The place of every word, from the places along its axes: one long axis could not be split over devices as it is.
   strides = [functools.reduce(lambda a, b: a * b, leaf.shape[axis + 1 :], 1) for axis in range(leaf.ndim)]
   places = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(s) for axis, s in enumerate(strides)]

@@ -81,8 +81,12 @@ class MetricWriter:
     if not self._writes:
       return
     # JSON has no word for what is not finite, the loss of a batch that was left out.
-    self._file.write(json.dumps({"step": step} | {k: v if np.isfinite(v) else None for k, v in scalars.items()}) + "\n")
-    self._file.flush()
+    record = {"step": step} | {name: value if np.isfinite(value) else None for name, value in scalars.items()}
+    try:
+      self._file.write(json.dumps(record) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise OSError(f"{self._path}: cannot be written ({error.strerror}); make room, and start again") from error
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
 

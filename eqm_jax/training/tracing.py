@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from typing import Any
 
 import jax
@@ -22,6 +23,10 @@ class Trace:
     """
     if len(steps) != 2 or not (steps[0] == steps[1] == 0 or 1 <= steps[0] <= steps[1]):
       raise ValueError(f"train.profile = {tuple(steps)} must be a first and a last step, or (0, 0) for none")
+    if steps[0] and jax.default_backend() == "cpu" and "libtpu" in sys.modules:
+      raise ValueError(
+        f"train.profile = {tuple(steps)}: libtpu's profiler crashes without a TPU; set JAX_PLATFORMS=cpu"
+      )
     self._first, self._last = steps if jax.process_index() == 0 else (0, 0)
     self._directory, self._active = os.path.join(workdir, DIRECTORY), False
 

@@ -54,17 +54,6 @@ def train(
     FloatingPointError: if the loss stops being finite; names the step.
     OSError: if a checkpoint cannot be written; those before it stay.
   """
-  with claimed(workdir) if devices.process()[0] == 0 else contextlib.nullcontext():
-    return _train(config, workdir, codec, known, batching)
-
-
-def _train(
-  config: ml_collections.ConfigDict,
-  workdir: str,
-  codec: Codec | None,
-  known: Comparison | None,
-  batching: samplers.Batching | None,
-) -> bool:
   # ---------------------------------------------------------------- what is asked
   source = sources.open_source(config.data.source, {**config.data.options})
   model = DiT(**config.model)
@@ -73,6 +62,7 @@ def _train(
   if codec:
     check_same_autoencoder(f"data.source {config.data.source!r}", identity, codec.identity)
   checks.check_fits(config, model, source, codec if encodes else None, identity)
+  schedule = objective.Schedule(**config.objective.schedule)
   steps, batch_size = config.train.steps, config.train.batch_size
   optimizer = state_lib.make_optimizer(config.optimizer, steps)
   mesh = sharding.make_mesh(**config.mesh)
@@ -80,86 +70,89 @@ def _train(
   trace = tracing.Trace(config.train.profile, workdir)
   checks.check_same_run(workdir, config, identity, len(source))
 
-  # ---------------------------------------------------------------- state: shapes → shardings → jitted init
-  init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
-  shapes = jax.eval_shape(init)
-  shardings = sharding.state_shardings(shapes, config.sharding, mesh)
-  log.info("model\n%s", clu.parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
-  log.info("sharding, and what one device holds\n%s", sharding.table(shapes.params, shardings.params))
-  _log_devices(config, mesh)
-
-  begins_warm = config.train.init_from and not checkpoint.steps(workdir)
-  warm = _warm_start(config.train.init_from, model, shapes.params) if begins_warm else None
-  data = pipeline.batches(
-    source,
-    batch_size=batch_size,
-    seed=config.seed,
-    flip=config.data.flip,
-    threads=config.data.threads,
-    workers=config.data.workers,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    place=functools.partial(jax.tree.map, functools.partial(jax.make_array_from_process_local_data, batch_sharding)),
-  )
-  scores = None
-  manager = checkpoint.open_manager(workdir, config.checkpoint.keep, lambda: scores.best if scores else None)
-  described = json.loads(config.to_json())
-  described["data"]["samples"] = len(source)
-  if identity:
-    described["autoencoder"] |= {name: identity[name] for name in ("name", "sha256")}
-  if jax.process_index() == 0:
-    write_json(os.path.join(workdir, pretrained.CONFIG), described)
-  placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
-  if found := checkpoint.restore_newest(manager, placed, data):
-    state, first_step = found
-    log.info("resumed from step %d", first_step)
-  else:
-    state, first_step = jax.jit(init, out_shardings=shardings)(), 0
-    if warm is not None:
-      params = jax.device_put(warm, shardings.params)
-      state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
-      log.info("started from the weights of %s", config.train.init_from)
-  if known is not None and config.evaluation.during_training.every:
-    scores = quality.Quality(config, workdir, model, known, batching, mesh, first_step)
-
-  # ---------------------------------------------------------------- one step
-  frozen = jax.device_put(codec.params, sharding.replicated(mesh)) if encodes else None
-  step_fn = step_lib.make_step(config, model, optimizer, mesh, shardings, codec.module if encodes else None)
-
-  # ---------------------------------------------------------------- the loop
-  zero_loss = _loss_scale(config.objective, objective.Schedule(**config.objective.schedule))
-  writer = metrics.MetricWriter(
-    workdir, first_step=first_step, last_step=steps, batch_size=batch_size, flops_per_example=flops.training(model)
-  )
-  skipped = int(state_lib.skipped(state.opt_state)) if config.optimizer.skip_nonfinite else 0
-
-  def report(step, scalars):
-    """Fetches one step's metrics, a step late so that the device always has work queued."""
-    nonlocal skipped
-    scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
-    before, skipped = skipped, scalars.get("skipped", 0)
-    # A batch that is left out has spoilt its loss, but not the parameters.
-    vital = ("parameter_norm", "learning_rate") if skipped > before else scalars
-    seen = ", ".join(f"{name} = {value}" for name, value in scalars.items())
-    if not all(np.isfinite(scalars[name]) for name in vital):
-      raise FloatingPointError(
-        f"step {step}: {seen}; stopped. The newest checkpoint is that of step {manager.latest_step()}"
-      )
-    if skipped > before:
-      log.warning("step %d: %s; this batch is left out", step, seen)
-    if scores:
-      scores.collect(writer, wait=False)
-    if step % config.train.log_every == 0 or step in (1, steps):
-      writer.write(step, {**scalars, "relative_loss": scalars["loss"] / zero_loss})
-
-  def judge(step, state):
-    """Draws samples, if the step is to be evaluated."""
-    if scores and scores.is_due(step):
-      with writer.apart():
-        scores.draw(step, state, writer)
-
   with contextlib.ExitStack() as stack:
+    if devices.process()[0] == 0:
+      stack.enter_context(claimed(workdir))
+
+    # ---------------------------------------------------------------- state: shapes → shardings → jitted init
+    init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
+    shapes = jax.eval_shape(init)
+    shardings = sharding.state_shardings(shapes, config.sharding, mesh)
+    log.info("model\n%s", clu.parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
+    log.info("sharding, and what one device holds\n%s", sharding.table(shapes.params, shardings.params))
+    _log_devices(config, mesh)
+
+    begins_warm = config.train.init_from and not checkpoint.steps(workdir)
+    warm = _warm_start(config.train.init_from, model, shapes.params) if begins_warm else None
+    data = pipeline.batches(
+      source,
+      batch_size=batch_size,
+      seed=config.seed,
+      flip=config.data.flip,
+      threads=config.data.threads,
+      workers=config.data.workers,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      place=functools.partial(jax.tree.map, functools.partial(jax.make_array_from_process_local_data, batch_sharding)),
+    )
+    scores = None
+    manager = checkpoint.open_manager(workdir, config.checkpoint.keep, lambda: scores.best if scores else None)
     stack.enter_context(checkpoint.finishing(manager))
+    described = json.loads(config.to_json())
+    described["data"]["samples"] = len(source)
+    if identity:
+      described["autoencoder"] |= {name: identity[name] for name in ("name", "sha256")}
+    if jax.process_index() == 0:
+      write_json(os.path.join(workdir, pretrained.CONFIG), described)
+    placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+    if found := checkpoint.restore_newest(manager, placed, data):
+      state, first_step = found
+      log.info("resumed from step %d", first_step)
+    else:
+      state, first_step = jax.jit(init, out_shardings=shardings)(), 0
+      if warm is not None:
+        params = jax.device_put(warm, shardings.params)
+        state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+        log.info("started from the weights of %s", config.train.init_from)
+    if known is not None and config.evaluation.during_training.every:
+      scores = quality.Quality(config, workdir, model, known, batching, mesh, first_step)
+
+    # ---------------------------------------------------------------- one step
+    frozen = jax.device_put(codec.params, sharding.replicated(mesh)) if encodes else None
+    step_fn = step_lib.make_step(config, model, optimizer, mesh, shardings, codec.module if encodes else None)
+
+    # ---------------------------------------------------------------- the loop
+    zero_loss = _loss_scale(config.objective, schedule)
+    writer = metrics.MetricWriter(
+      workdir, first_step=first_step, last_step=steps, batch_size=batch_size, flops_per_example=flops.training(model)
+    )
+    skipped = int(state_lib.skipped(state.opt_state)) if config.optimizer.skip_nonfinite else 0
+
+    def report(step, scalars):
+      """Fetches one step's metrics, a step late so that the device always has work queued."""
+      nonlocal skipped
+      scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
+      before, skipped = skipped, scalars.get("skipped", 0)
+      # A batch that is left out has spoilt its loss, but not the parameters.
+      vital = ("parameter_norm", "learning_rate") if skipped > before else scalars
+      seen = ", ".join(f"{name} = {value}" for name, value in scalars.items())
+      if not all(np.isfinite(scalars[name]) for name in vital):
+        raise FloatingPointError(
+          f"step {step}: {seen}; stopped. The newest checkpoint is that of step {manager.latest_step()}"
+        )
+      if skipped > before:
+        log.warning("step %d: %s; this batch is left out", step, seen)
+      if scores:
+        scores.collect(writer, wait=False)
+      if step % config.train.log_every == 0 or step in (1, steps):
+        writer.write(step, {**scalars, "relative_loss": scalars["loss"] / zero_loss})
+
+    def judge(step, state):
+      """Draws samples, if the step is to be evaluated."""
+      if scores and scores.is_due(step):
+        with writer.apart():
+          scores.draw(step, state, writer)
+
     for closed in (writer, trace):
       stack.enter_context(contextlib.closing(closed))
     told_to_stop = stack.enter_context(stopping.told_to_stop(manager))

@@ -1,0 +1,102 @@
+"""The training step: in parts, in less memory, in place, and past batches that are not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import load_config
+
+from eqm_jax.networks import flops
+from eqm_jax.networks.dit import DiT
+from eqm_jax.training import sharding, state, step
+
+
+def small(**changes):
+  config = load_config("digits", "smoke")
+  config.model.update(width=32, depth=4, num_heads=2, patch_size=2, unroll=1)
+  config.train.update(batch_size=64, steps=10)
+  config.optimizer.warmup_steps = 0
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def lowered(config):
+  """(the step, compiled; the state before it; a batch)."""
+  model, mesh = DiT(**config.model), sharding.make_mesh(1, 1, 1)
+  optimizer = state.make_optimizer(config.optimizer, config.train.steps)
+  shapes = jax.eval_shape(lambda: state.init_state(model, optimizer, 0))
+  shardings = sharding.state_shardings(shapes, config.sharding, mesh)
+  initial = jax.jit(lambda: state.init_state(model, optimizer, 0), out_shardings=shardings)()
+  shape = (config.train.batch_size, *model.input_shape)
+  batch = {"image": jnp.linspace(-1, 1, np.prod(shape)).reshape(shape), "label": jnp.arange(shape[0]) % 10}
+  jitted = step.make_step(config, model, optimizer, mesh, shardings)
+  return jitted.lower(initial, batch, None).compile(), initial, batch
+
+
+@pytest.fixture(scope="module")
+def steps():
+  """The plain step, the same in four parts, and the same with every block computed again."""
+  changes = {"plain": {}, "in parts": {"train.accumulate": 4}, "full": {"model.remat": "full"}}
+  return {name: lowered(small(**change)) for name, change in changes.items()}
+
+
+@pytest.mark.parametrize("name", ["in parts", "full"])
+def test_less_memory_for_the_same_gradient(steps, name):
+  (plain, initial, batch), (other, other_initial, _) = steps["plain"], steps[name]
+  temporary = [compiled.memory_analysis().temp_size_in_bytes for compiled in (plain, other)]
+  assert temporary[1] < 0.6 * temporary[0]
+  copies = [jax.tree.map(jnp.copy, one) for one in (initial, other_initial)]
+  (after, scalars), (other_after, other_scalars) = plain(copies[0], batch, None), other(copies[1], batch, None)
+  np.testing.assert_allclose(other_scalars["loss"], scalars["loss"], rtol=1e-6)
+  np.testing.assert_allclose(other_scalars["gradient_norm"], scalars["gradient_norm"], rtol=1e-5)
+  moments = [one.opt_state[0].mu["final_out"]["kernel"] for one in (after, other_after)]  # (1 − b1) · the gradient
+  assert np.abs(moments[0]).max() > 0
+  np.testing.assert_allclose(moments[1], moments[0], atol=1e-6 * np.abs(moments[0]).max())
+
+
+def test_the_state_is_updated_in_place(steps):
+  compiled, initial, batch = steps["plain"]
+  initial = jax.tree.map(jnp.copy, initial)
+  compiled(initial, batch, None)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(initial))
+  assert not batch["image"].is_deleted()
+
+
+def test_batches_that_are_not_finite_are_left_out_and_counted():
+  compiled, before, batch = lowered(small(**{"optimizer.skip_nonfinite": 2}))
+  spoilt = {**batch, "image": batch["image"].at[3].set(jnp.nan)}
+  kept, now, counts = jax.tree.map(np.array, before.params), before, []
+  for one in (spoilt, spoilt, batch, spoilt):
+    now, scalars = compiled(now, one, None)
+    counts.append(int(scalars["skipped"]))
+    assert np.isfinite(scalars["parameter_norm"])
+    if len(counts) == 2:
+      jax.tree.map(np.testing.assert_array_equal, now.params, kept)
+  assert counts == [1, 2, 2, 3] and int(now.step) == 4
+  assert not np.array_equal(now.params["final_out"]["kernel"], kept["final_out"]["kernel"])
+  for _ in range(2):  # with the one before, three in a row: one more than are left out
+    now, scalars = compiled(now, spoilt, None)
+  assert not np.isfinite(scalars["parameter_norm"])
+
+
+@pytest.mark.parametrize(
+  "attributes",
+  [{}, {"time_input": True}, {"learn_sigma": True}, {"energy": "scalar"}, {"patch_size": 4, "mlp_ratio": 2.0}],
+  ids=str,
+)
+def test_the_formula_counts_what_the_compiler_counts(attributes):
+  """Without a scan, whose body the compiler counts once; but for what is no matrix product."""
+  model = DiT(**{**small().model, "depth": 2, "unroll": 2, "width": 128, "num_heads": 4, "patch_size": 1, **attributes})
+  gamma = (jnp.zeros(8),) if model.time_input else ()
+  x, label = jnp.zeros((8, *model.input_shape)), jnp.zeros(8, jnp.int32)
+  params = jax.eval_shape(model.init, jax.random.key(0), x, label, *gamma)
+  cost = jax.jit(model.apply).lower(params, x, label, *gamma).compile().cost_analysis()
+  assert 0.85 < 8 * flops.forward(model) / cost["flops"] < 1.0
+
+
+def test_known_sizes_take_the_published_flops():
+  """119 G multiply-adds for XL/2, 23 G for B/2 (Peebles & Xie 2023, table 4)."""
+  for name, published in (("XL/2", 118.64e9), ("B/2", 23.01e9)):
+    model = DiT(**load_config("imagenet256", name).model)
+    np.testing.assert_allclose(flops.forward(model) / 2, published, rtol=0.01)
+  assert flops.training(model) == 3 * flops.forward(model)
