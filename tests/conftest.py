@@ -11,6 +11,10 @@ import struct
 # processes that tests start; set before jax is imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+# libtpu, with which plans are made, would be looked to for a TPU by every process that starts, and complain.
+if not any(any(pathlib.Path("/dev").glob(device)) for device in ("accel*", "vfio/*", "nvidia0")):
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 import jax.numpy as jnp
 import ml_collections

@@ -38,12 +38,11 @@ def config_of(**changes):
 class Run:
   """A run in a process of its own, whose lines are kept."""
 
-  def __init__(self, workdir: pathlib.Path, platforms: str | None = None, **changes):
+  def __init__(self, workdir: pathlib.Path, **changes):
     flags = [f"--config.{name}={value}" for name, value in (RUN | changes).items()]
     command = [sys.executable, "-m", "eqm_jax.main", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *flags]
     self.workdir, self.lines = workdir, []
-    environment = {**os.environ, **({"JAX_PLATFORMS": platforms} if platforms else {})}
-    self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     self._reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stderr.readline, "")))
     self._reader.start()
 
@@ -320,7 +319,7 @@ def test_without_leave_the_first_spoilt_batch_ends_the_run(spoilt, tmp_path):
 
 
 def test_a_trace_of_the_steps_that_were_asked_for(tmp_path):
-  run = Run(tmp_path, platforms="cpu", **{"train.steps": 9, "train.profile": "(2,3)", "optimizer.warmup_steps": 1})
+  run = Run(tmp_path, **{"train.steps": 9, "train.profile": "(2,3)", "optimizer.warmup_steps": 1})
   assert run.end() == 0, "".join(run.lines)
   assert list((tmp_path / tracing.DIRECTORY).rglob("*.xplane.pb"))
   assert run.tells("trace of steps 2 to 3")()

@@ -114,6 +114,50 @@ def test_four_processes_then_two_then_one(tmp_path, monkeypatch):
   check_against_one_process(workdir, tmp_path, saved, monkeypatch)
 
 
+# Goes on with a run; the second process cannot read its part of the newest checkpoint.
+UNREADABLE = """
+import sys
+from conftest import load_config
+from eqm_jax import devices
+from eqm_jax.training import checkpoint, train
+
+with devices.joined(sys.argv[2], 2, int(sys.argv[3])):
+  read = checkpoint._read
+
+  def failing(directory, shapes):
+    if directory.endswith("/10") and devices.process()[0] == 1:
+      raise checkpoint.DamagedCheckpoint(f"{directory}: damaged checkpoint (for a test)")
+    return read(directory, shapes)
+
+  checkpoint._read = failing
+  config = load_config("digits", "smoke")
+  config.update_from_flattened_dict(eval(sys.argv[4]))
+  assert train.train(config, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_no_process_uses(tmp_path, monkeypatch):
+  changes = RUN | LONG | {"train.steps": 10}
+  config = load_config("digits", "smoke")
+  config.update_from_flattened_dict(changes)
+  assert train.train(config, str(tmp_path / "run"))
+  told = [str(tmp_path / "run"), f"localhost:{free_port()}"]
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-c", UNREADABLE, *told, str(i), repr(changes | {"mesh.data": 1, "mesh.fsdp": -1})],
+      env=environment(), stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  output = ended(running)
+  assert not any(process.returncode for process in running), output
+  assert "damaged checkpoint, as another process finds" in output[0] and "(for a test)" in output[1]
+  assert (tmp_path / "run" / checkpoint.DAMAGED / "10").is_dir()
+  steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert steps == list(range(1, 11))
+
+
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_others_stop_with_a_message(tmp_path, killed):
   running = start(tmp_path, 2, **LONG, **{"mesh.data": 2})
