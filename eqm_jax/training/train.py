@@ -70,18 +70,17 @@ def train(
   trace = tracing.Trace(config.train.profile, workdir)
   checks.check_same_run(workdir, config, identity, len(source))
 
+  # ---------------------------------------------------------------- state: shapes → shardings → jitted init
+  init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
+  shapes = jax.eval_shape(init)
+  shardings = sharding.state_shardings(shapes, config.sharding, mesh)
+  log.info("model\n%s", clu.parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
+  log.info("sharding, and what one device holds\n%s", sharding.table(shapes.params, shardings.params))
+  _log_devices(config, mesh)
+
   with contextlib.ExitStack() as stack:
     if devices.process()[0] == 0:
       stack.enter_context(claimed(workdir))
-
-    # ---------------------------------------------------------------- state: shapes → shardings → jitted init
-    init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
-    shapes = jax.eval_shape(init)
-    shardings = sharding.state_shardings(shapes, config.sharding, mesh)
-    log.info("model\n%s", clu.parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
-    log.info("sharding, and what one device holds\n%s", sharding.table(shapes.params, shardings.params))
-    _log_devices(config, mesh)
-
     begins_warm = config.train.init_from and not checkpoint.steps(workdir)
     warm = _warm_start(config.train.init_from, model, shapes.params) if begins_warm else None
     data = pipeline.batches(

@@ -131,13 +131,14 @@ def test_what_is_not_finite_stops_with_the_step_and_never_gets_into_a_checkpoint
       assert np.all(np.isfinite(np.frombuffer(content, np.float32)))
 
 
-def test_a_failed_start_leaves_the_workdir_free(tiny_config, tmp_path):
-  tiny_config.sharding.rules = (("kernel", ("model",)),)
-  with pytest.raises(ValueError, match="sharding rule"):
+def test_a_failed_start_leaves_the_workdir_free(tiny_config, tmp_path, caplog):
+  caplog.set_level("INFO", logger="eqm_jax")
+  tiny_config.train.init_from = str(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="nowhere"):
     train.train(tiny_config, str(tmp_path))
-  tiny_config.sharding.rules = ()
-  tiny_config.train.steps = 3
+  tiny_config.update_from_flattened_dict({"train.init_from": "", "train.steps": 3, "objective.dispersive_weight": 0.5})
   assert train.train(tiny_config, str(tmp_path))
+  assert "dispersive loss: over all 8² pairs of the global batch" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,12 @@ def test_a_failed_start_leaves_the_workdir_free(tiny_config, tmp_path):
     ({"checkpoint.keep": 0}, "checkpoint.keep = 0"),
     ({"data.threads": 0}, "data.threads = 0"),
     ({"train.batch_size": 0}, "train.batch_size = 0"),
+    ({"train.accumulate": 0}, "train.accumulate = 0"),
+    ({"train.accumulate": 3}, r"batch size 8 does not divide .* in 3 parts \(train.accumulate\): use a multiple of 3"),
+    ({"train.accumulate": 2, "objective.dispersive_weight": 0.5}, "train.accumulate = 2 splits the batch, but"),
+    ({"optimizer.skip_nonfinite": -1}, "skip_nonfinite = -1"),
+    ({"sharding.ema": "everywhere"}, "sharding.ema = 'everywhere' is not one of parameters, devices"),
+    ({"sharding.rules": (("kernel", ("model",)),)}, "'model': the mesh has data, fsdp, tensor|has 1 axes"),
     ({"mesh.fsdp": 2}, "fsdp=2, tensor=1 needs|there are 1"),
   ],
 )
