@@ -92,8 +92,9 @@ class MetricWriter:
 
   def close(self):
     if self._writes:
-      self._file.close()
-      self._board.close()
+      with contextlib.suppress(OSError):  # of a full disk, which was told when the line was written
+        self._file.close()
+        self._board.close()
 
   def _keep_up_to(self, step: int):
     if not os.path.exists(self._path):

@@ -109,7 +109,7 @@ def losses(reference, model, params, data, noise, gamma, label, second):
 @pytest.mark.parametrize(
   "dtype, tolerance, second",
   [
-    pytest.param(np.float32, 1e-5, False, id="float32"),
+    pytest.param(np.float32, 1e-5, False, id="float32", marks=pytest.mark.slow),
     pytest.param(np.float64, 1e-10, False, id="float64"),
     # Second derivatives take long to compile: otherwise they are compared for one of the networks.
     pytest.param(np.float64, 1e-10, True, id="float64-second", marks=pytest.mark.slow),

@@ -351,6 +351,7 @@ def test_one_device_and_eight_give_the_same_bits(tmp_path, on_one_device):
   assert_same_bits(found["report"], on_one_device)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_samples_and_give_the_same_bits(tmp_path, on_one_device):
   with socket.socket() as free:
     free.bind(("localhost", 0))

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from conftest import load_config
 from PIL import Image
 
@@ -28,6 +29,7 @@ def test_distances_see_what_is_far_and_what_is_missed():
   assert plane.distances(new.images + 3, data)["to_data"] > 1
 
 
+@pytest.mark.slow
 def test_descents_end_on_the_data(tmp_path):
   """Ten seconds of training bring the samples most of the way from the noise to the moons."""
   config = load_config("toy2d", "two_moons-smoke")

@@ -29,7 +29,7 @@ def small_config(energy: str = "none"):
   return config
 
 
-@pytest.fixture(scope="module", params=["none", "dot"])
+@pytest.fixture(scope="module", params=["none", pytest.param("dot", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
   """(workdir, config) of a trained network, one implicit and one an energy."""
   workdir, config = tmp_path_factory.mktemp(request.param), small_config(request.param)

@@ -150,7 +150,10 @@ def lose_position(directory: pathlib.Path):
     path.write_text("{")
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_saved_bit, lose_metadata, lose_position])
+SLOWER = [pytest.param(damage, marks=pytest.mark.slow) for damage in (lose_metadata, lose_position)]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_saved_bit, *SLOWER])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(uninterrupted, tmp_path, caplog, damage):
   workdir = tmp_path / "run"
   shutil.copytree(uninterrupted, workdir)
@@ -216,6 +219,7 @@ ls "$DISK"/run/checkpoints >&2
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_older_checkpoints_stay(tmp_path):
   if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True).returncode:
     pytest.skip("this machine lets no test mount a small disk")
@@ -234,7 +238,9 @@ def test_a_full_disk_is_told_and_older_checkpoints_stay(tmp_path):
   )  # fmt: skip
   assert finished.returncode == 0, finished.stderr
   (told,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-  assert "could not be written" in told and "No space left" in told and "Those of steps [20, 40" in told
+  assert "be written" in told and "No space left" in told and str(tmp_path) in told
+  if "checkpoints: " in told:  # it was not the metrics that met the end of the disk first
+    assert "Those of steps [20, 40" in told
   assert "resumed from step" in finished.stderr and finished.stderr.splitlines()[-1].strip().isdigit()
   assert "step 400/400" in finished.stderr
 

@@ -112,6 +112,7 @@ def test_without_a_cache_images_are_encoded_in_each_step(trained, tmp_path):
     programs.run("train", config, str(tmp_path / "run"), None)
 
 
+@pytest.mark.slow
 def test_a_benchmark_times_reading_and_both_ways_of_training(trained, tmp_path, monkeypatch):
   monkeypatch.setattr(benchmark, "READ_SECONDS", 0.2)
   config = small(trained)
@@ -212,6 +213,7 @@ def test_a_run_does_not_go_on_with_another_number_of_samples(directory):
     programs.run("train", config, str(directory / "run"), None)
 
 
+@pytest.mark.slow
 def test_an_interrupted_start_is_begun_again(directory):
   """Killed while the autoencoder was saved, and before: what is left has other names."""
   forget_autoencoder(directory)
@@ -225,6 +227,7 @@ def test_what_needs_no_preparing_says_so(tiny_config, tmp_path):
     programs.run("prepare", tiny_config, str(tmp_path), None)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_learns_to_bring_images_back():
   config = load_config("photographs", "smoke")
   source = programs.sources.open_source("photographs", {"size": 16, "stride": 30, "shrink": 2})

@@ -66,7 +66,7 @@ def test_damaged_directories_are_told(exported, tmp_path):
   with pytest.raises(ValueError, match="nowhere: no such model"):
     eqm_jax.load(tmp_path / "nowhere")
   (exported / "params" / "_METADATA").unlink()
-  with pytest.raises(ValueError, match="model/params: a damaged checkpoint"):
+  with pytest.raises(ValueError, match="model/params: damaged checkpoint"):
     eqm_jax.load(exported)
   (exported / "config.json").write_text("{")
   with pytest.raises(ValueError, match="config.json: not readable as JSON"):

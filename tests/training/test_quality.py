@@ -49,6 +49,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(config, tmp_path, monkeyp
     pretrained.load(str(tmp_path / "checkpoints" / "5"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_what_was_found_and_judges_what_was_not(config, tmp_path, monkeypatch):
   config.train.steps = 6
   start(config, tmp_path, [5.0, 2.0], monkeypatch)
@@ -64,6 +65,7 @@ def test_a_resumed_run_knows_what_was_found_and_judges_what_was_not(config, tmp_
   assert checkpoint.steps(str(tmp_path)) == [6, 12]
 
 
+@pytest.mark.slow
 def test_scores_that_were_found_in_another_way_are_left_out(config, tmp_path, monkeypatch, caplog):
   config.train.steps = 3
   start(config, tmp_path, [0.1], monkeypatch)
