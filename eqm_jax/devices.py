@@ -16,9 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 
+# What gloo, NCCL and gRPC say when the other end is gone.
+LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|[Ss]ocket closed|remote process exited|heartbeat timeout")
+
 
 @contextlib.contextmanager
-def joined(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> Iterator[None]:
+def joined(
+  coordinator_address: str | None, num_processes: int | None, process_id: int | None, saves: bool = False
+) -> Iterator[None]:
   """Joins the other processes of the run, if there are any, for what is done inside.
 
   Without arguments they are found by what the machine says of itself: a TPU's metadata, SLURM, Open MPI or GKE; where
@@ -29,6 +34,8 @@ def joined(coordinator_address: str | None, num_processes: int | None, process_i
     coordinator_address: "host:port" of the first process.
     num_processes: of the run.
     process_id: of this one, from 0.
+    saves: whether what is done inside asks, when SIGTERM has come, whether to save and end (training.stopping).
+      Otherwise SIGTERM ends the process, as it does without others.
 
   Raises:
     ValueError: if only some of the three are given, or they do not fit.
@@ -40,6 +47,7 @@ def joined(coordinator_address: str | None, num_processes: int | None, process_i
   if not missing and not (":" in coordinator_address and 0 <= process_id < num_processes):
     told = " ".join(f"--{name}={value}" for name, value in given.items())
     raise ValueError(f"{told}: give HOST:PORT, and process_id from 0 to num_processes − 1")
+  jax.config.update("jax_enable_preemption_service", saves)
   try:
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
   except ValueError as error:
@@ -47,19 +55,24 @@ def joined(coordinator_address: str | None, num_processes: int | None, process_i
       raise
   try:
     yield
-  except Exception as error:
+  except BaseException as error:
     if jax.process_count() == 1:
       raise
     log.error("process %d of %d: %s", *process(), _told(error), exc_info="EQM_JAX_TRACEBACK" in os.environ)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def _told(error: Exception) -> str:
+def tells_of_a_lost_process(error: BaseException) -> bool:
+  """Whether this is how the runtime says that another process cannot be reached."""
+  return bool(re.match("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED", str(error)) or LOST.search(str(error)))
+
+
+def _told(error: BaseException) -> str:
   """One line of what went wrong."""
   text = (str(error).strip() or type(error).__name__).splitlines()[0]
-  if re.match(r"[A-Z_]+: ", text):  # a status of the runtime's
+  if tells_of_a_lost_process(error):
     return f"the other processes cannot be reached any more, one of them ended; its own output says why ({text})"
   if isinstance(error, ValueError | FloatingPointError | OSError):
     return f"error: {text}"
@@ -116,6 +129,17 @@ def wait_for_all(what: str):
   """Returns when every process of the run has come here; `what` must be the same on all."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
+
+
+def check_same(what: str, value: int | None):
+  """Refuses to go on with a number that is not the same in every process.
+
+  Raises:
+    ValueError: naming what it is, and the numbers.
+  """
+  values = from_all(np.asarray([-1 if value is None else value], np.int64))[:, 0].tolist()
+  if len(set(values)) > 1:
+    raise ValueError(f"{what} is not the same in all processes, but {values}: are all at work on the same disk?")
 
 
 def from_first(tree: Any) -> Any:

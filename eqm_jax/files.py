@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import resource
 import socket
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 LOCK = ".lock"
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -43,7 +46,7 @@ def claimed(directory: str) -> Iterator[None]:
   """Makes a directory and keeps it for this process, as long as that lives: no other may claim it.
 
   The lock is the kernel's, so that nothing is left of a killed process. Processes on other machines see it where the
-  file system passes locks on (NFS, Lustre); a mounted bucket does not.
+  file system passes locks on (NFS, Lustre with `flock`); a mounted bucket does not. Where there are none, that is told.
 
   Raises:
     ValueError: if another process has it, or it cannot be written.
@@ -62,9 +65,14 @@ def claimed(directory: str) -> Iterator[None]:
       raise ValueError(
         f"{directory}: another run is at work here ({holder}). Wait for it, stop it, or choose another --workdir"
       ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    except OSError as error:
+      log.warning(
+        "%s: no lock can be had here (%s): see to it that no other run writes there", directory, error.strerror
+      )
+    with contextlib.suppress(OSError):  # of a full disk; who holds the lock is told to be helpful only
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()}")
+      file.flush()
     yield
 
 

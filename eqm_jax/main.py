@@ -1,5 +1,6 @@
 """python -m eqm_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train]"""
 
+import contextlib
 import logging
 import os
 import sys
@@ -10,10 +11,10 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); file.py:variant chooses a variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, results.")
-MODES = "prepare train evaluate statistics sample denoise ood compose inpaint report benchmark".split()
-MODE = flags.DEFINE_enum(
-  "mode", "train", MODES, "prepare: encode images. train: to the end, then evaluate. report: trains its own."
-)
+MODES = "prepare train evaluate statistics sample denoise ood compose inpaint report benchmark plan".split()
+MODE = flags.DEFINE_enum("mode", "train", MODES, "train: to the end, then evaluate. report: trains its own models.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slices of --mode=plan: v5e:4x4, v4-32, or several with commas.")
+SEARCH = flags.DEFINE_boolean("search", False, "Of --mode=plan: look for cheaper settings even if the given ones fit.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model to use if not the workdir's: anything eqm_jax.load reads.")
 ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first process, where no machine tells it.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, with --coordinator_address.")
@@ -29,10 +30,15 @@ def main(argv: list[str]):
   _log_to_stderr()
   # Imported here, so that a mistyped flag is told at once.
   from eqm_jax import devices, programs
+  from eqm_jax.plan import topology
 
-  with devices.joined(ADDRESS.value, PROCESSES.value, PROCESS.value):
+  told = ADDRESS.value, PROCESSES.value, PROCESS.value
+  if alone := MODE.value == "plan":  # and without devices, wherever it runs
+    topology.on_any_machine()
+  with contextlib.nullcontext() if alone else devices.joined(*told, saves=MODE.value == "train"):
     log.setLevel(logging.WARNING if devices.process()[0] else logging.INFO)  # what is the same is told once
-    programs.run(MODE.value, CONFIG.value, os.path.abspath(WORKDIR.value), CHECKPOINT.value)
+    workdir = os.path.abspath(WORKDIR.value)
+    programs.run(MODE.value, CONFIG.value, workdir, CHECKPOINT.value, TOPOLOGY.value, SEARCH.value)
 
 
 def _log_to_stderr():

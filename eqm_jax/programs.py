@@ -1,5 +1,6 @@
 """What each --mode does: opens config, data and model, and hands them to the package that works on them."""
 
+import functools
 import logging
 import os
 
@@ -11,23 +12,35 @@ from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.samples import Source
 from eqm_jax.evaluation import comparison, evaluate, features, real, sample, samplers, settings
 from eqm_jax.networks.dit import DiT
+from eqm_jax.plan import plan
 from eqm_jax.report import report
 from eqm_jax.tasks import compose, denoise, inpaint, inputs, ood
 from eqm_jax.training import benchmark, checks, prepare, pretrained, quality, state, train
 
 log = logging.getLogger(__name__)
 
+ALONE = ("sample", "denoise", "ood", "compose", "inpaint", "report", "benchmark")  # of one process; the rest share work
 
-def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None):
+
+def run(
+  mode: str,
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  checkpoint: str | None,
+  topology: str | None = None,
+  search: bool = False,
+):
   """Runs one mode.
 
   Args:
     mode: "prepare" (encode images into a cache of latents), "train" (prepare, if that is to do, and
       evaluate at the end), "evaluate", "statistics" (of the real images, for it), "sample", a task ("denoise", "ood",
-      "compose", "inpaint"), "report", or "benchmark" (of the data and the training step).
+      "compose", "inpaint"), "report", "benchmark" (of the data and the training step), or "plan" (of TPU slices).
     config: of configs/.
     workdir: of the run.
     checkpoint: the model to use, if not the workdir's; "train" and "report" make theirs.
+    topology: the slices of "plan", with commas between them.
+    search: whether "plan" looks for cheaper settings even where those of the config fit.
 
   Raises:
     ValueError: before any work, for what does not fit.
@@ -45,7 +58,12 @@ def run(mode: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: 
     "inpaint": _inpaint,
     "report": _report,
     "benchmark": _benchmark,
+    "plan": functools.partial(_plan, topology=topology, search=search),
   }
+  if mode in ALONE and devices.process()[1] > 1:
+    raise ValueError(f"--mode={mode} runs in one process, not in {devices.process()[1]}")
+  if (topology or search) and mode != "plan":
+    raise ValueError(f"--topology and --search are for --mode=plan, not for --mode={mode}")
   modes[mode](config, workdir, checkpoint)
 
 
@@ -193,6 +211,14 @@ def _benchmark(config, workdir, checkpoint):
   log.info("figures: %s", directory)
 
 
+def _plan(config, workdir, checkpoint, topology, search):
+  if checkpoint:
+    raise ValueError(f"--checkpoint={checkpoint}: a plan needs no weights")
+  directory = os.path.join(workdir, "plan")
+  plan.plan(config, topology or "", directory, search)
+  log.info("figures and pictures: %s", directory)
+
+
 def _task(config, workdir, checkpoint, noisy=False):
   """(model, images, data set, batching) of a task."""
   model, source = _load(config, workdir, checkpoint, config.tasks.weights), _source(config)
@@ -206,7 +232,9 @@ def _load(config, workdir, checkpoint, weights) -> pretrained.Pretrained:
   """The model of the checkpoint, or of the workdir, which then must be of this config."""
   if not checkpoint:
     checks.check_same_run(workdir, config)
-  return pretrained.load(checkpoint or workdir, weights=weights)
+  loaded = pretrained.load(checkpoint or workdir, weights=weights)
+  devices.check_same(f"the step that is loaded from {checkpoint or workdir}", loaded.step)
+  return loaded
 
 
 def _source(config) -> Source:

@@ -38,6 +38,7 @@ def small_imagenet(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.data.options.path = str(directory / "latents")
   config.autoencoder.update(path=str(ROOT / "tests" / "reference" / "vae_tiny"), batch_size=4)
   config.model.update(input_size=8, width=16, depth=2, num_heads=2, num_classes=2)
+  config.mesh.fsdp = 1
   config.train.update(steps=3, batch_size=8)
   config.checkpoint.every = 2
   config.evaluation.update(samples=10, batch_size=8, features=("raw",), rows=())

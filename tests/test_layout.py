@@ -15,6 +15,7 @@ ORDER = [
   "main",
   "programs",
   "report",
+  "plan",
   "training",
   "tasks",
   "evaluation",

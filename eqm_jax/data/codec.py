@@ -66,7 +66,7 @@ class Codec:
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Latents [N, h, w, c], scaled as a model makes them → images [N, H, W, C] uint8."""
-    return self._in_batches(_decode, latents)
+    return self._in_batches(decode_batch, latents)
 
   def _in_batches(self, function: Callable, array: np.ndarray) -> Any:
     return devices.in_batches(functools.partial(function, self.module, self._placed), array, self.batch_size)
@@ -104,6 +104,7 @@ def _moments(module: Autoencoder, params: Any, images: jax.Array) -> tuple[jax.A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(module: Autoencoder, params: Any, latents: jax.Array) -> jax.Array:
+def decode_batch(module: Autoencoder, params: Any, latents: jax.Array) -> jax.Array:
+  """A batch of scaled latents [B, h, w, c] → images [B, H, W, C] uint8, all at once."""
   images = module.apply({"params": params}, latents / module.scaling_factor, method="decode")
   return jnp.rint(127.5 * jnp.clip(images, -1, 1) + 127.5).astype(jnp.uint8)

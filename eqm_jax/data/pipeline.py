@@ -19,16 +19,15 @@ def batches(
   flip: bool,
   threads: int,
   workers: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   place: Callable[[Any], Any] | None = None,
 ) -> grain.DatasetIterator:
   """Shuffled batches without end, each epoch in an order of its own.
 
   Epochs follow each other without a gap, so a batch may hold the end of one and the
-  beginning of the next: no sample is dropped, and no batch is small. Process p of n gets
-  the p-th n-th of every batch, so the global batches do not depend on the number of
-  processes, and a saved position may be continued by another number of them.
+  beginning of the next: no sample is dropped, and no batch is small. A process reads
+  the rows of the global batch that its devices hold, so the global batches depend neither
+  on processes nor on devices, and a saved position may be continued by other ones.
 
   Args:
     source: the data set.
@@ -38,21 +37,20 @@ def batches(
     threads: how many threads read ahead, in each worker.
     workers: how many processes read; 0: this one, which is enough unless Python itself is
       busy. A saved position belongs to its number of workers.
+    rows: of the global batch that this process reads, ascending; None: all of them.
     place: what brings a batch to the devices; called ahead of time, in a thread.
 
   Returns:
-    A grain iterator over dicts of arrays with a leading axis of
-    batch_size / process_count; its position is saved with the checkpoints.
+    A grain iterator over dicts of arrays with a leading axis of len(rows); its position,
+    the same on every process, is saved with the checkpoints.
 
   Raises:
-    ValueError: if the processes do not divide the batch; and while it runs, for a damaged
-      image or a label that is no class, naming the sample.
+    ValueError: while it runs, for a damaged image or a label that is no class, naming the sample.
   """
-  if batch_size % process_count:
-    raise ValueError(f"batch size {batch_size} does not divide over {process_count} processes")
-  data = grain.MapDataset.range(len(source)).seed(seed).shuffle().random_map(_Reader(source, flip))
+  data = grain.MapDataset.range(len(source)).seed(seed).shuffle().random_map(_Reader(source, flip)).repeat()
+  rows = range(batch_size) if rows is None else rows
   # An endless stream has no remainder; grain's length of one that keeps it overflows.
-  data = data.repeat().batch(batch_size // process_count, drop_remainder=True)[process_index::process_count]
+  data = grain.MapDataset.source(_Rows(data, batch_size, rows)).batch(len(rows), drop_remainder=True)
   stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
   if workers:
     if not absl.flags.FLAGS.is_parsed():  # of a notebook or a library; grain asks for one of its own flags
@@ -70,6 +68,20 @@ def in_order(source: Source, indices: Sequence[int], *, batch_size: int, threads
   samples = iter(chosen.to_iter_dataset(options))
   for first in range(0, len(indices), batch_size):
     yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
+
+
+class _Rows:
+  """Some rows of every batch of an endless stream."""
+
+  def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+    self._stream, self._batch_size, self._rows = stream, batch_size, [int(row) for row in rows]
+
+  def __len__(self):
+    return len(self._stream) // self._batch_size * len(self._rows)
+
+  def __getitem__(self, index: int) -> Sample:
+    batch, place = divmod(index, len(self._rows))
+    return self._stream[batch * self._batch_size + self._rows[place]]
 
 
 class _Reader:

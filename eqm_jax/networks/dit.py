@@ -126,6 +126,7 @@ class DiT(nn.Module):
     """The depth blocks as one module, scanned over stacked parameters."""
     block = Block
     if self.remat != "none":
+      # The loop keeps what is computed again apart from what was computed.
       block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
     stack = nn.scan(
       block,
@@ -312,6 +313,11 @@ def _check_attributes(m: DiT):
     raise ValueError(f"model: width = {m.width} must be a multiple of 4 for the sin-cos positions")
   if m.remat not in REMAT_POLICIES:
     raise ValueError(f"model: remat = {m.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+  if m.remat != "none" and m.unroll >= m.depth > 1:
+    raise ValueError(
+      f"model: remat = {m.remat!r} has no effect where the loop over the blocks is unrolled whole: unroll = {m.unroll} "
+      f"must be below depth = {m.depth}"
+    )
   if m.attention not in ATTENTION:
     raise ValueError(f"model: attention = {m.attention!r} is not one of {', '.join(ATTENTION)}")
   if m.energy not in ENERGIES:

@@ -43,12 +43,7 @@ def benchmark(config: ml_collections.ConfigDict, codec: Codec | None, directory:
     config: the whole config.
     codec: of models of latents; with a section `prepare` it is also timed inside the training step.
     directory: where the files go, and for a while a checkpoint.
-
-  Raises:
-    ValueError: in a run of several processes.
   """
-  if jax.process_count() > 1:
-    raise ValueError(f"a benchmark runs in one process, not in {jax.process_count()}")
   os.makedirs(directory, exist_ok=True)
   source = sources.open_source(config.data.source, {**config.data.options})
   rows = [_reader(config, source), _training(config, f"training from {config.data.source}", codec, directory)]

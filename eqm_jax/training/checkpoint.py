@@ -9,6 +9,7 @@ save leaves the previous ones whole; where the newest is damaged on disk, the on
 import contextlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -105,34 +106,29 @@ def restore_newest(
 ) -> tuple[Any, int] | None:
   """The newest state that is whole, placed as `shapes` (ShapeDtypeStructs with shardings) says, and its step.
 
-  Sets the iterator back to where it was. Checkpoints that are damaged are told in a warning and moved aside.
+  Sets the iterator back to where it was. Newer checkpoints that are damaged are told in warnings and moved aside, since
+  their steps will be saved again.
 
   Returns:
     None: there is no checkpoint.
 
   Raises:
-    ValueError: if all are damaged, or one holds other arrays than `shapes`.
+    ValueError: if none can be read, or one holds other arrays than `shapes`.
   """
-  there = sorted(manager.all_steps(), reverse=True)
-  for step in there:
-    directory = f"{manager.directory}/{step}"
-    found, damage = None, f"{directory}: damaged checkpoint, as another process finds"
-    try:
-      found = _read(directory, shapes)
-    except DamagedCheckpoint as error:
-      damage = str(error)
-    # Each process has read its own part of the arrays: what one of them finds counts for all.
-    if devices.from_all(np.asarray([found is not None], np.uint32)).all():
-      state, data, saved = found
-      differing = _differing(state, saved)
-      if not differing:
-        iterator.set_state(data)
-        return state, step
-      damage = f"{directory}: damaged checkpoint (other bits than were saved: {', '.join(differing)[:200]})"
-    log.warning("%s. It is moved to %s, and the one before it is used", damage, DAMAGED)
-    _set_aside(manager, step)
-  if there:
-    raise ValueError(f"{manager.directory}: every checkpoint is damaged; they lie in {DAMAGED} beside it now")
+  damaged = []
+  for step in sorted(manager.all_steps(), reverse=True):
+    state, data, damage = _read_together(f"{manager.directory}/{step}", shapes)
+    if damage is None:
+      _set_aside(manager, damaged)
+      iterator.set_state(data)
+      return state, step
+    log.warning("%s", damage)
+    damaged.append(step)
+  if damaged:
+    raise ValueError(
+      f"{manager.directory}: no checkpoint can be read, of steps {damaged}, as told above. Nothing was changed: see to "
+      "the disk, or choose another --workdir"
+    )
   return None
 
 
@@ -207,9 +203,26 @@ def _read(directory: str, shapes: Any) -> tuple[Any, Any, dict[str, int]]:
   with _naming(directory):
     state = handler.restore(path / "state", args=_partial_restore(shapes))
     data = json.restore(path / "data")
-    # Runs from before there were checksums have none.
-    saved = json.restore(path / "checksums") if (path / "checksums").exists() else {}
+    there = (path / "checksums").exists()
+    saved = json.restore(path / "checksums") if there else {}
+  if not there:
+    log.warning("%s: has no checksums, and is not compared with them", directory)
   return state, data, saved
+
+
+def _read_together(directory: str, shapes: Any) -> tuple[Any, Any, str | None]:
+  """(state, position, None), or what is damaged in the last place: the same verdict in every process."""
+  state, data, saved, damage = None, None, {}, None
+  try:
+    state, data, saved = _read(directory, shapes)
+  except DamagedCheckpoint as error:
+    damage = str(error)
+  # Each process has read its own part of the arrays: what one of them finds counts for all.
+  if not devices.from_all(np.asarray([damage is None], np.uint32)).all():
+    return None, None, damage or f"{directory}: damaged checkpoint, as another process finds"
+  if differing := _differing(state, saved):
+    return None, None, f"{directory}: damaged checkpoint (other bits than were saved: {', '.join(differing)[:200]})"
+  return state, data, None
 
 
 def _differing(tree: Any, saved: dict[str, int]) -> list[str]:
@@ -217,16 +230,19 @@ def _differing(tree: Any, saved: dict[str, int]) -> list[str]:
   return [name for name, value in checksums(tree).items() if saved and saved.get(name) != value]
 
 
-def _set_aside(manager: ocp.CheckpointManager, step: int):
-  """Moves a checkpoint out of the way, so that its step can be saved again."""
+def _set_aside(manager: ocp.CheckpointManager, damaged: list[int]):
+  """Moves checkpoints out of the way, so that their steps can be saved again."""
+  if not damaged:
+    return
   if devices.process()[0] == 0:
     there = os.path.join(os.path.dirname(manager.directory), DAMAGED)
     os.makedirs(there, exist_ok=True)
-    count = len([name for name in os.listdir(there) if name.split(".")[0] == str(step)])
-    shutil.move(
-      os.path.join(manager.directory, str(step)), os.path.join(there, f"{step}.{count}" if count else str(step))
-    )
-  devices.wait_for_all(f"checkpoint {step} set aside")
+    for step in damaged:
+      before = [name for name in os.listdir(there) if name.split(".")[0] == str(step)]
+      name = f"{step}.{len(before)}" if before else str(step)
+      shutil.move(os.path.join(manager.directory, str(step)), os.path.join(there, name))
+  log.warning("checkpoints of steps %s are moved to %s, and the one before them is used", damaged, DAMAGED)
+  devices.wait_for_all(f"checkpoints {damaged} set aside")
   manager.reload()
 
 
@@ -255,15 +271,14 @@ def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
   """Names the directory, and what is whole in it, when something cannot be written."""
   try:
     yield
-  except (
-    ValueError,
-    OSError,
-    RuntimeError,
-  ) as error:  # what Orbax and tensorstore raise on a full disk, some of it late
+  except (ValueError, OSError, RuntimeError) as error:  # Orbax's and tensorstore's, some of them late
+    if devices.tells_of_a_lost_process(error):
+      raise
     finished = steps(os.path.dirname(manager.directory))
+    remedy = "make room" if re.search("No space|quota", str(error)) else "mend that"
     raise OSError(
       f"{manager.directory}: a checkpoint could not be written ({_reason(error)}). Those of steps {finished} are "
-      "whole: make room, and start again"
+      f"whole: {remedy}, and start again"
     ) from error
 
 

@@ -69,7 +69,7 @@ class MetricWriter:
       scalars["data_wait"] = self._waited / (now - self._time)
       if chip := hardware.chip_of(jax.devices()[0].device_kind):
         scalars["mfu"] = scalars["examples_per_second_per_device"] * self._flops / chip.flops
-      if peaks := [found["peak_bytes_in_use"] for found in _memory()]:
+      if peaks := [found["peak_bytes_in_use"] for found in _memory() if "peak_bytes_in_use" in found]:
         scalars["device_gib"] = max(peaks) / 2**30
       progress = f"  {left} left"
     self._step, self._time, self._waited = step, now, 0.0

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -60,6 +61,27 @@ def batch_sharding(mesh: Mesh, batch_size: int, parts: int = 1) -> NamedSharding
       f"use a multiple of {ways * parts}"
     )
   return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def rows_here(placed: NamedSharding, batch_size: int) -> np.ndarray:
+  """The rows of the global batch that this process's devices hold, ascending.
+
+  They need be no range, nor others than another process's: where devices lie in a mesh depends on the machine, and
+  along `tensor` all have the same.
+  """
+  held = placed.addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+
+def place_rows(placed: NamedSharding, batch_size: int, rows: np.ndarray, array: np.ndarray) -> jax.Array:
+  """The global array [batch_size, ...] of which this process has these `rows`, all that its devices hold."""
+
+  def part(index):
+    first, last, _ = index[0].indices(batch_size)
+    begin = np.searchsorted(rows, first)
+    return array[begin : begin + last - first]
+
+  return jax.make_array_from_callback((batch_size, *array.shape[1:]), placed, part)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -65,7 +65,8 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, steps: int) -> Cal
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
   """AdamW, after clipping of the gradient's global norm where `clip_norm` is above 0.
 
-  With `skip_nonfinite` a gradient that is not finite changes nothing, until more than so many follow each other.
+  With `skip_nonfinite` a gradient that is not finite changes no parameter, until more than so many follow each
+  other; the average goes on towards the parameters as they are.
   """
   adamw = optax.adamw(
     learning_rate_schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay

@@ -52,14 +52,15 @@ def make_step(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       loss, gradient = _accumulated(jax.value_and_grad(loss_fn), state.params, (batch, drawn), parts, shardings.params)
     updated = state_lib.update(state, gradient, optimizer, config.optimizer.ema_decay)
+    skipped = state_lib.skipped(updated.opt_state) if config.optimizer.skip_nonfinite else 0
     scalars = {
       "loss": loss,
       "gradient_norm": optax.tree.norm(gradient),
       "parameter_norm": optax.tree.norm(updated.params),  # not finite if the update was not
-      "learning_rate": learning_rate(state.step),
+      "learning_rate": learning_rate(state.step - skipped),  # whose schedule stands still while batches are left out
     }
     if config.optimizer.skip_nonfinite:
-      scalars["skipped"] = state_lib.skipped(updated.opt_state)
+      scalars["skipped"] = skipped
     return updated, scalars
 
   return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

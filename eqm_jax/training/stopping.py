@@ -16,10 +16,12 @@ def told_to_stop(manager: ocp.CheckpointManager) -> Iterator[Callable[[int], boo
   """Gives a function step → whether the run is to save this step and end.
 
   Of several processes one alone may get the signal, or each at another time. JAX's coordination service then hears it
-  in place of Python, and has all of them stop after the same step; every process must ask after every step.
+  in place of Python, from `devices.joined` on, and has all of them stop after the same step; every process must ask
+  after every step.
   """
   if jax.distributed.is_initialized():
     yield lambda step: checkpoint.preempted(manager, step)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what comes after training has nothing to save, and just ends
     return
   stopped = threading.Event()
   previous = signal.signal(signal.SIGTERM, lambda *_: stopped.set())

@@ -83,6 +83,7 @@ def train(
       stack.enter_context(claimed(workdir))
     begins_warm = config.train.init_from and not checkpoint.steps(workdir)
     warm = _warm_start(config.train.init_from, model, shapes.params) if begins_warm else None
+    rows = sharding.rows_here(batch_sharding, batch_size)
     data = pipeline.batches(
       source,
       batch_size=batch_size,
@@ -90,12 +91,14 @@ def train(
       flip=config.data.flip,
       threads=config.data.threads,
       workers=config.data.workers,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      place=functools.partial(jax.tree.map, functools.partial(jax.make_array_from_process_local_data, batch_sharding)),
+      rows=rows,
+      place=functools.partial(jax.tree.map, functools.partial(sharding.place_rows, batch_sharding, batch_size, rows)),
     )
     scores = None
     manager = checkpoint.open_manager(workdir, config.checkpoint.keep, lambda: scores.best if scores else None)
+    told_to_stop = stack.enter_context(
+      stopping.told_to_stop(manager)
+    )  # outermost: also while the last save is on its way
     stack.enter_context(checkpoint.finishing(manager))
     described = json.loads(config.to_json())
     described["data"]["samples"] = len(source)
@@ -110,14 +113,14 @@ def train(
     else:
       state, first_step = jax.jit(init, out_shardings=shardings)(), 0
       if warm is not None:
-        params = jax.device_put(warm, shardings.params)
+        params = jax.device_put(jax.device_get(warm), shardings.params)  # from the host: of one device to those of all
         state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
         log.info("started from the weights of %s", config.train.init_from)
     if known is not None and config.evaluation.during_training.every:
       scores = quality.Quality(config, workdir, model, known, batching, mesh, first_step)
 
     # ---------------------------------------------------------------- one step
-    frozen = jax.device_put(codec.params, sharding.replicated(mesh)) if encodes else None
+    frozen = jax.device_put(jax.device_get(codec.params), sharding.replicated(mesh)) if encodes else None
     step_fn = step_lib.make_step(config, model, optimizer, mesh, shardings, codec.module if encodes else None)
 
     # ---------------------------------------------------------------- the loop
@@ -154,7 +157,6 @@ def train(
 
     for closed in (writer, trace):
       stack.enter_context(contextlib.closing(closed))
-    told_to_stop = stack.enter_context(stopping.told_to_stop(manager))
     pending, stopped = None, False
     judge(first_step, state)  # the run was killed before the scores of its last checkpoint were there
     for step in range(first_step + 1, steps + 1):
@@ -175,11 +177,12 @@ def train(
           scores.collect(writer)  # which of the checkpoints is the best
         checkpoint.save(manager, step, state, data)
       if stopped:
-        log.info("SIGTERM: saved step %d", step)
         break
       judge(step, state)
     if scores and not stopped:
       scores.collect(writer)
+  if stopped:
+    log.info("SIGTERM: saved step %d", step)
   return not stopped
 
 
@@ -187,7 +190,7 @@ def _log_devices(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
   kind, described = jax.devices()[0].device_kind, dict(mesh.shape)
   log.info("devices: %d × %s in %d processes, mesh %s", jax.device_count(), kind, jax.process_count(), described)
   if hardware.chip_of(kind) is None:
-    log.info("nobody states a peak rate of %s: no model FLOPs utilization (mfu) is told", kind)
+    log.info("hardware.py knows no peak rate of %s: no model FLOPs utilization (mfu) is told", kind)
   if cache := jax.config.jax_compilation_cache_dir:
     log.info("compiled programs are kept in %s", cache)
   if config.objective.dispersive_weight:
@@ -198,6 +201,7 @@ def _log_devices(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
 def _warm_start(path: str, model: DiT, shapes: Any) -> Any:
   """The averaged weights of another model, if they have this model's shapes."""
   loaded = pretrained.load(path, weights="ema")
+  devices.check_same(f"the step that is loaded from {path}", loaded.step)
   theirs, ours = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (loaded.params, shapes))
   for name in sorted(theirs.keys() | ours.keys(), key=str):
     there, here = (tree[name].shape if name in tree else "absent" for tree in (theirs, ours))

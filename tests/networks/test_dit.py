@@ -133,6 +133,7 @@ def test_attributes_rebuild_the_model():
     (dict(width=18, num_heads=2), "width = 18"),
     (dict(depth=0), "depth = 0"),
     (dict(mlp_ratio=0.0), "mlp_ratio = 0.0"),
+    (dict(remat="full", unroll=3), "unroll = 3 must be below depth = 3"),
     (dict(remat="some"), "'some'.*none, dots"),
     (dict(attention="flash"), "'flash'"),
     (dict(dtype="float16"), "'float16'"),
@@ -165,3 +166,30 @@ def test_a_timed_network_asks_for_its_time():
   model, params = initialised(time_input=True)
   with pytest.raises(ValueError, match="needs a time"):
     model.apply({"params": params}, X, LABELS)
+
+
+def constraints(jaxpr) -> set[tuple]:
+  """The partition specs that a program asks for, those inside its loops included."""
+  found = set()
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "sharding_constraint":
+      found.add(tuple(equation.params["sharding"].spec))
+    for value in equation.params.values():
+      if hasattr(value, "jaxpr"):
+        found |= constraints(value.jaxpr)
+  return found
+
+
+def test_in_a_mesh_activations_are_spread_over_samples_heads_and_hidden_units():
+  model = DiT(input_size=4, channels=1, patch_size=2, width=8, depth=2, num_heads=2, num_classes=3)
+  arguments = jnp.zeros((4, 4, 4, 1)), jnp.zeros(4, jnp.int32)
+  params = jax.jit(model.init)(jax.random.key(0), *arguments)
+
+  def program(*arguments):  # a new one each time: a trace is kept
+    return model.apply(params, *arguments)
+
+  assert constraints(jax.make_jaxpr(program)(*arguments).jaxpr) == set()
+  samples = ("data", "fsdp")
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))):
+    found = constraints(jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr)
+  assert found == {(samples,), (samples, None, None, "tensor"), (samples, None, "tensor")}

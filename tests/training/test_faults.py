@@ -89,8 +89,8 @@ def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(uninterrupted, tmp_path, kills):
-  """While it trains, while it saves, and while it resumes, at moments of which only the distribution is fixed."""
-  chance, met = random.Random(kills), {"training": 0, "saving": 0, "resuming": 0}
+  """Aimed at while it trains, saves and resumes; of the moments only the distribution is fixed."""
+  chance, aimed = random.Random(kills), {"training": 0, "saving": 0, "resuming": 0}
   resumed = 0
   for kill in range(kills):
     moment = ("training", "saving", "resuming")[kill % 3]
@@ -104,14 +104,16 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(uninterrup
       run.wait_for(lambda run=run: run.tells("loss")() and checkpoint.steps(str(tmp_path)))
     time.sleep(chance.uniform(0, {"training": 0.3, "saving": 0.05, "resuming": 1.5}[moment]))
     assert run.end(signal.SIGKILL) == -signal.SIGKILL, f"the run ended before kill {kill}: {''.join(run.lines)}"
-    met[moment] += 1
+    aimed[moment] += 1
     resumed += run.tells("resumed from")()
     assert not run.tells("damaged")(), "a kill leaves no half a checkpoint"
   steps = checkpoint.steps(str(tmp_path))
   assert steps and steps[-1] < RUN["train.steps"]
   assert train.train(config_of(), str(tmp_path))
   same = final_state(tmp_path) == final_state(uninterrupted)
-  print(f"\n{kills} kills ({met}), {resumed + 1} resumes, the last from step {steps[-1]}; bits equal: {same}")
+  print(
+    f"\n{kills} kills (aimed at {aimed}), {resumed + 1} resumes, the last from step {steps[-1]}; bits equal: {same}"
+  )
   assert same and losses(tmp_path) == losses(uninterrupted)
 
 
@@ -191,19 +193,22 @@ def test_any_flipped_bit_is_noticed_or_harmless(uninterrupted, tmp_path, caplog)
     jax.tree.map(np.testing.assert_array_equal, found, whole)  # a part that nothing reads
     outcomes["harmless"] += 1
   print(f"\n30 flipped bits: {outcomes}")
-  assert outcomes["noticed"] > 5
+  assert outcomes["noticed"] >= 2 and outcomes["harmless"] < 29, "some met what is read"
 
 
-def test_when_every_checkpoint_is_damaged_nothing_is_lost(uninterrupted, tmp_path):
+def test_when_no_checkpoint_can_be_read_nothing_is_changed(uninterrupted, tmp_path):
+  """However often it is tried: a disk may come back, and the run must not begin anew."""
   workdir = tmp_path / "run"
   shutil.copytree(uninterrupted, workdir)
   for step in (380, 400):
     truncate(workdir / "checkpoints" / str(step))
   with pytest.raises(ValueError, match=r"checkpoints/380: damaged checkpoint \("):
     pretrained.load(workdir)
-  with pytest.raises(ValueError, match="every checkpoint is damaged; they lie in checkpoints_damaged"):
-    train.train(config_of(), str(workdir))
-  assert {path.name for path in (workdir / checkpoint.DAMAGED).iterdir()} == {"380", "400"}
+  for _ in range(2):
+    with pytest.raises(ValueError, match=r"no checkpoint can be read, of steps \[400, 380\]"):
+      train.train(config_of(), str(workdir))
+  assert checkpoint.steps(str(workdir)) == [380, 400] and not (workdir / checkpoint.DAMAGED).exists()
+  assert losses(workdir) == losses(uninterrupted)
 
 
 # Runs on a disk of 4 MB until that is full, then again after it has grown.

@@ -83,7 +83,7 @@ MESHES = {  # changes of the config, and the share of the parameters that a devi
   "data, average split": ({"mesh.data": 8, "sharding.ema": "devices"}, 1.0),
   "fsdp": ({"mesh.data": 1, "mesh.fsdp": -1}, 0.2),
   "data × fsdp": ({"mesh.data": 2, "mesh.fsdp": 4}, 0.4),
-  "data × fsdp, remat": ({"mesh.data": 2, "mesh.fsdp": 4, "model.remat": "full"}, 0.4),
+  "data × fsdp, remat": ({"mesh.data": 2, "mesh.fsdp": 4, "model.remat": "full", "model.unroll": 1}, 0.4),
 }
 
 
@@ -109,7 +109,8 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def all_meshes(workdir):
   run(workdir, 1, {"plain": PLAIN, "in parts": {"train.accumulate": 4, **PLAIN}}, "one")
-  run(workdir, 8, {name: changes for name, (changes, _) in MESHES.items() if name != TENSOR}, "one")
+  spread_out = {"in parts, spread out": {"train.accumulate": 4, **PLAIN, **MESHES[TENSOR][0]}}
+  run(workdir, 8, {name: changes for name, (changes, _) in MESHES.items() if name != TENSOR} | spread_out, "one")
   return workdir
 
 
@@ -142,8 +143,9 @@ def test_every_mesh_does_what_one_device_does(all_meshes, name):
 
 
 @pytest.mark.slow
-def test_a_run_in_parts_of_batches_is_the_run(all_meshes):
-  found = differences(all_meshes, "in parts", "plain")
+@pytest.mark.parametrize("name", ["in parts", "in parts, spread out"])
+def test_a_run_in_parts_of_batches_is_the_run(all_meshes, name):
+  found = differences(all_meshes, name, "plain")
   assert found["losses"] < 2e-5 and found["params"] < 1e-3
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_config
 
-from eqm_jax import devices
+from eqm_jax import devices, programs
 from eqm_jax.files import claimed
 from eqm_jax.training import checkpoint, pretrained, train
 
@@ -178,14 +178,17 @@ def test_an_error_of_one_process_ends_all(tmp_path):
   assert "one of them ended" in output[1] or "JAX distributed service" in output[1], output
 
 
-# Notes which samples each process reads in three epochs, and that the pieces make one array.
+# Reads three epochs; checks every row that lies here, and notes which samples this process read.
 SHARDS = """
 import functools, json, sys
 import jax, numpy as np
+from jax.sharding import AxisType
 from eqm_jax import devices
 from eqm_jax.data import pipeline
 from eqm_jax.data.samples import Source
 from eqm_jax.training import sharding
+
+read = []
 
 class Numbered(Source):
   num_classes, shape, autoencoder = 24, (1, 1, 1), None
@@ -194,52 +197,147 @@ class Numbered(Source):
     return 24
 
   def __getitem__(self, index):
+    read.append(int(index))
     return {"image": np.full((1, 1, 1), index, np.float32), "label": np.int32(index)}
 
 with devices.joined(*(json.loads(argument) for argument in sys.argv[2:5])):
-  index, count = devices.process()
-  mesh = sharding.make_mesh(-1, 1, 1)
-  place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh, 8))
-  data = pipeline.batches(Numbered(), batch_size=8, seed=0, flip=False, threads=1, process_index=index,
-    process_count=count, place=functools.partial(jax.tree.map, place))
-  seen, total = [], 0.0
-  for _ in range(9):
+  sizes, order = json.loads(sys.argv[5])
+  mesh = sharding.make_mesh(*sizes)
+  if order:  # as a machine may have its devices lie
+    lie = np.asarray(jax.devices())[np.asarray(order)].reshape(mesh.devices.shape)
+    mesh = jax.sharding.Mesh(lie, mesh.axis_names, axis_types=mesh.axis_types)
+  placed = sharding.batch_sharding(mesh, 8)
+  rows = sharding.rows_here(placed, 8)
+  place = functools.partial(jax.tree.map, functools.partial(sharding.place_rows, placed, 8, rows))
+  options = dict(batch_size=8, seed=0, flip=False, threads=1)
+  expected = pipeline.batches(Numbered(), **options)
+  expected = [next(expected) for _ in range(9)]
+  read.clear()
+  data = pipeline.batches(Numbered(), **options, rows=rows, place=place)
+  for whole in expected:
     batch = next(data)
-    seen.append([int(label) for shard in batch["label"].addressable_shards for label in shard.data])
-    total += float(jax.jit(jax.numpy.sum)(batch["image"]))
-  json.dump({"seen": seen, "total": total, "processes": count}, open(f"{sys.argv[1]}/{index}.json", "w"))
+    for name in batch:
+      for shard in batch[name].addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+  seen = [int(label) for whole in expected for label in whole["label"][rows]]
+  assert set(seen) <= set(read)
+  json.dump({"seen": seen, "processes": devices.process()[1]}, open(f"{sys.argv[1]}/{devices.process()[0]}.json", "w"))
 """
 
 
-def read_shards(tmp_path, count: int, arguments: list[list[str]], environments: list[dict[str, str]]):
+def read_shards(tmp_path, arguments: list[list[str]], environments: list[dict[str, str]], mesh) -> list[list[int]]:
+  """The samples that each process had of 9 batches of 8, three epochs of 24."""
   running = [
-    subprocess.Popen([sys.executable, "-c", SHARDS, str(tmp_path), *told], env=env, stderr=subprocess.PIPE, text=True)
+    subprocess.Popen(
+      [sys.executable, "-c", SHARDS, str(tmp_path), *told, json.dumps(mesh)], env=env, stderr=subprocess.PIPE, text=True
+    )
     for told, env in zip(arguments, environments)
   ]
   output = ended(running)
   assert not any(process.returncode for process in running), output
-  found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(count)]
-  seen = [one["seen"] for one in found]
+  found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(len(running))]
+  assert {one["processes"] for one in found} == {len(running)}
+  return [one["seen"] for one in found]
+
+
+def check_epochs(seen: list[list[int]], copies: int = 1):
+  """Every sample once an epoch: no two processes read the same (with `copies`, as many do), and none is left out."""
+  share = len(seen[0]) // 3
   for epoch in range(3):
-    of_each = [sum(one[3 * epoch : 3 * epoch + 3], []) for one in seen]
-    assert sorted(sum(of_each, [])) == list(range(24)), "every sample once: no two processes read the same"
-    assert {len(one) for one in of_each} == {24 // count}
-  assert {one["total"] for one in found} == {3.0 * sum(range(24))}, "all see the same global batches"
-  assert {one["processes"] for one in found} == {count}
+    of_all = sum((one[epoch * share : (epoch + 1) * share] for one in seen), [])
+    assert sorted(of_all) == sorted(list(range(24)) * copies)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_share_the_data(tmp_path, count):
+@pytest.mark.parametrize(
+  "count, local, mesh, copies",
+  [
+    pytest.param(2, 2, ((-1, 1, 1), [0, 2, 1, 3]), 1, id="two, interleaved"),
+    pytest.param(2, 1, ((1, 1, 2), []), 2, id="two, tensor across them"),
+    pytest.param(2, 1, ((-1, 1, 1), []), 1, id="two", marks=pytest.mark.slow),
+    pytest.param(4, 1, ((2, 2, 1), [3, 0, 2, 1]), 1, id="four, in disorder", marks=pytest.mark.slow),
+    pytest.param(4, 2, ((2, 1, 4), [0, 4, 1, 5, 2, 6, 3, 7]), 2, id="four, tensor across them", marks=pytest.mark.slow),
+  ],
+)
+def test_processes_share_the_data(tmp_path, count, local, mesh, copies):
   address = json.dumps(f"localhost:{free_port()}")
   told = [[address, str(count), str(i)] for i in range(count)]
-  read_shards(tmp_path, count, told, [environment()] * count)
+  seen = read_shards(tmp_path, told, [environment(local)] * count, mesh)
+  if local == 1 or copies == 1:
+    check_epochs(seen, copies)
 
 
 @pytest.mark.slow
 def test_processes_find_each_other_by_slurm(tmp_path):
   job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2"}
   tasks = [environment(**job, SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
-  read_shards(tmp_path, 2, [["null", "null", "null"]] * 2, tasks)
+  check_epochs(read_shards(tmp_path, [["null", "null", "null"]] * 2, tasks, ((-1, 1, 1), [])))
+
+
+# Raises in one process, while the other waits in a collective.
+RAISES = """
+import sys
+from eqm_jax import devices
+
+with devices.joined(sys.argv[1], 2, int(sys.argv[2])):
+  devices.wait_for_all("begin")
+  if devices.process()[0] == 1:
+    raise eval(sys.argv[3])
+  devices.wait_for_all("end")
+"""
+
+
+@pytest.mark.parametrize(
+  "error, status",
+  [("KeyboardInterrupt()", 130), pytest.param("ValueError('mine')", 1, marks=pytest.mark.slow)],
+)
+def test_whatever_ends_a_process_ends_the_others(error, status):
+  address = f"localhost:{free_port()}"
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-c", RAISES, address, str(i), error], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    for i in range(2)
+  ]
+  output = ended(running, timeout=60)
+  assert running[1].returncode == status and running[0].returncode not in (0, None)
+  assert "one of them ended" in output[0] or "JAX distributed service" in output[0], output
+
+
+@pytest.mark.parametrize(
+  "text, lost",
+  [
+    ("UNAVAILABLE: Task 1 is gone", True),
+    ("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:25813", True),
+    ("DEADLINE_EXCEEDED: Barrier timed out", True),
+    ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes", False),
+    ("INVALID_ARGUMENT: no such thing", False),
+    ("NOT_FOUND: Error opening zarr driver", False),
+  ],
+)
+def test_what_tells_of_a_lost_process(text, lost):
+  assert devices.tells_of_a_lost_process(ValueError(text)) == lost
+
+
+def test_what_is_no_work_to_share_is_refused(monkeypatch, tmp_path):
+  monkeypatch.setattr(devices, "process", lambda: (0, 2))
+  with pytest.raises(ValueError, match="--mode=sample runs in one process, not in 2"):
+    programs.run("sample", load_config("digits", "smoke"), str(tmp_path), None)
+
+
+def test_numbers_that_differ_between_processes_are_refused(monkeypatch):
+  devices.check_same("the step", 4)
+  monkeypatch.setattr(devices, "from_all", lambda array: np.stack([array, array + 5]))
+  with pytest.raises(ValueError, match=r"the step is not the same in all processes, but \[4, 9\]"):
+    devices.check_same("the step", 4)
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_weights_of_another_run(tmp_path):
+  for count, changes in ((1, {"train.init_from": ""}), (2, {"train.init_from": str(tmp_path / "1"), "mesh.fsdp": 2})):
+    running = start(tmp_path / str(count), count, **{**LONG, "train.steps": 3, **changes})
+    output = ended(running)
+    assert not any(process.returncode for process in running), output
+  assert f"started from the weights of {tmp_path / '1'}" in output[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What a config takes on a TPU slice, from programs compiled without one: memory, arithmetic, links."""

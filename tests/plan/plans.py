@@ -1,0 +1,30 @@
+"""Slices and a config for the tests of plans."""
+
+import os
+
+import ml_collections
+import pytest
+from conftest import load_config
+
+from eqm_jax.plan import topology
+
+pytest.importorskip("libtpu", reason="there is one for Linux on x86 only")
+
+for name, value in topology.ENVIRONMENT.items():  # several workers compile at the same time
+  os.environ.setdefault(name, value)
+
+
+def open_slice(name: str) -> topology.Topology:
+  return topology.open_topologies(name)[0]
+
+
+def small() -> ml_collections.ConfigDict:
+  """EqM-S/2 with its sizes cut until it compiles in seconds; its mesh splits the state over all chips."""
+  config = load_config("imagenet256", "S/2")
+  config.model.update(input_size=8, width=256, depth=2, num_heads=2, num_classes=15)
+  config.train.batch_size = 64
+  config.mesh.update(data=1, fsdp=-1)
+  config.evaluation.update(batch_size=8, unit=8)
+  config.autoencoder.path = ""
+  config.samplers.published_b2.streaming = False
+  return config

@@ -1,0 +1,351 @@
+"""Plans of the shipped config and of small ones, compiled for eight v5e chips that are not there."""
+
+import collections as python_collections
+import dataclasses
+import io
+import json
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, load_config
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+from plans import open_slice, small
+
+from eqm_jax.networks import flops
+from eqm_jax.networks.dit import DiT, parameter_shapes
+from eqm_jax.plan import collectives, compiled, hlo, placement, plan, programs, propose, roofline
+from eqm_jax.training import sharding
+
+
+def compiled_with_text(program: programs.Program, topology) -> tuple[compiled.Figures, hlo.Module]:
+  """A program's figures, and the program that they were read from."""
+  modules, parse = [], hlo.parse
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(hlo, "parse", lambda text: modules.append(parse(text)) or modules[-1])
+    figures = compiled.compile_program(program, topology)
+  return figures, modules[0]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+  """EqM-S/2's training step as configs/imagenet256.py has it, on v5e:2x4: pure data parallelism."""
+  topology, config = open_slice("v5e:2x4"), load_config("imagenet256", "S/2")
+  program = programs.training(config, topology)
+  return config, program, *compiled_with_text(program, topology)
+
+
+def test_arguments_are_the_shards_and_nothing_else(shipped):
+  _, program, figures, module = shipped
+  given = [i.result[0] for i in module.entry_computation.instructions if i.opcode == "parameter"]
+  shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.given)]
+  assert python_collections.Counter(a.dims for a in given) == python_collections.Counter(shards)
+  assert figures.memory["arguments"] == sum(array.padded_bytes for array in given)
+  counted = sum(array.bytes for array in given if len(array.dims))  # but for the two counters
+  assert sum(program.arguments.values()) == pytest.approx(counted, abs=8)
+  assert figures.memory["aliased"] > 0.99 * figures.memory["outputs"]  # the state is donated
+
+
+def test_memory_is_told_against_the_chip(shipped):
+  _, program, figures, _ = shipped
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(program.given[0].params))
+  assert figures.fits and 16 * parameters < figures.needed < figures.chip.usable_memory
+  assert figures.memory["temporaries"] > 0 and figures.seconds > 0
+  assert figures.operations == 32 * flops.training(DiT(**load_config("imagenet256", "S/2").model))
+  assert figures.seconds_at_mfu == pytest.approx(figures.operations / (0.4 * 197e12))
+  assert figures.bound.seconds < figures.seconds_at_mfu
+
+
+def test_data_parallelism_reduces_the_gradient_and_sends_nothing_else(shipped):
+  _, program, figures, module = shipped
+  params = dict(program.given[0].params)
+  # The time is one for all samples: of what led to its embedding, one vector is summed.
+  time_embed = params.pop("time_embed")
+  parameters = sum(leaf.size for leaf in jax.tree.leaves((params, time_embed["dense_1"]["bias"])))
+  sent = collectives.find(module, program.mesh)
+  assert {one.kind for one in sent} == {"all-reduce"} and {one.axes for one in sent} == {("data",)}
+  elements = sum(one.times * array.elements for one in sent for array in one.arrays)
+  assert parameters <= elements < parameters + 10  # and a few sums over the batch
+  assert figures.collectives["all-reduce"]["bytes"] == sum(one.bytes for one in sent)
+  assert not [text for text in figures.warnings if "sharding rule" in text]
+
+
+def test_hbm_carries_the_state_and_the_activations_at_least_once(shipped):
+  config, program, figures, _ = shipped
+  state = sum(program.arguments[name] for name in ("parameters", "average", "optimizer"))
+  model = config.model
+  saved = 32 * 256 * model.depth * 9 * model.width * 2  # of a block: qkv, attention's answer, the perceptron's two
+  assert 2 * state + saved < figures.hbm_bytes < 10 * (2 * state + saved)
+  assert (program.images < figures.critical_batch) == any("images on a chip are fewer" in t for t in figures.warnings)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  """A small config on v5e:2x4, its state split over all chips: (config, directory, told, log, what was compiled)."""
+  config, directory, seen = small(), tmp_path_factory.mktemp("plan") / "plan", []
+
+  def compile_program(program, topology):
+    seen.append((program, *compiled_with_text(program, topology)))
+    return seen[-1][1]
+
+  logger, handler = logging.getLogger("eqm_jax"), logging.StreamHandler(log := io.StringIO())
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plan, "compile_program", compile_program)
+    was = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    (told,) = plan.plan(config, "v5e-8", str(directory))
+    logger.removeHandler(handler)
+    logger.setLevel(was)
+  return config, directory, told, log.getvalue(), seen
+
+
+def test_split_parameters_are_gathered_and_their_gradients_scattered(written):
+  program, figures, module = written[4][0]
+  split = [leaf for leaf in jax.tree.leaves(program.given[0].params) if not leaf.sharding.is_fully_replicated]
+  assert len(split) >= 7 and program.arguments["parameters"] < 0.2 * sum(4 * leaf.size for leaf in split)
+  sent = collectives.find(module, program.mesh)
+  assert {one.axes for one in sent} == {("fsdp",)}
+  moved = sum(one.bytes for one in sent if one.kind in ("all-gather", "collective-permute", "reduce-scatter"))
+  once = sum(2 * leaf.size for leaf in split) * 7 / 8  # in bfloat16
+  assert 1.5 * once < moved + figures.collectives.get("all-reduce", {"bytes": 0})["bytes"] < 5 * once
+  assert not [text for text in figures.warnings if "no sharding rule asks" in text and "together" not in text]
+
+
+def test_resharding_that_no_rule_asks_for_is_warned_of():
+  topology = open_slice("v5e:2x4")
+  mesh = sharding.make_mesh(2, 4, 1, devices=topology.devices)
+  there, elsewhere = (
+    NamedSharding(mesh, spec) for spec in (PartitionSpec(sharding.BATCH), PartitionSpec(None, "fsdp"))
+  )
+  x = jax.ShapeDtypeStruct((64, 512, 256), jnp.float32, sharding=there)
+
+  def function(x):
+    x = jax.lax.with_sharding_constraint(jnp.sin(x), elsewhere)
+    return jax.lax.with_sharding_constraint(jnp.cumsum(x, axis=0), there)
+
+  parameters = placement.Parameters({"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}, {"kernel": there}, mesh)
+  program = dataclasses.replace(
+    programs.training(small(), topology),
+    lower=lambda: jax.jit(function, out_shardings=there).lower(x),
+    mesh=dict(mesh.shape),
+    given=(x,),
+    asked=x,
+    parameters=parameters,
+  )
+  warnings = compiled.compile_program(program, topology).warnings
+  told = [text for text in warnings if "which no sharding rule asks for" in text]
+  assert told and "f32[" in told[0] and "MiB a step" in told[0]
+
+
+def test_collectives_of_parameters_along_their_own_axes_are_explained():
+  topology, config = open_slice("v5e:2x4"), load_config("imagenet256", "S/2")
+  mesh = sharding.make_mesh(2, 2, 2, devices=topology.devices)
+  shapes = parameter_shapes(DiT(**config.model))
+  parameters = placement.Parameters(shapes, sharding.tree_shardings(shapes, config.sharding.rules, mesh), mesh)
+  one = collectives.Collective("all-gather", (), ("fsdp",), 2, 12, True, False, "op")
+
+  def unexplained(dims, **changes):
+    array = hlo.Array("f32", dims)
+    told, rest = placement.reshardings([dataclasses.replace(one, arrays=(array,), **changes)], parameters, mesh.shape)
+    return bool(told or rest)
+
+  assert not unexplained((1, 384, 768))  # mlp_in, still split along tensor
+  assert not unexplained((384, 3, 3, 64))  # qkv of one block, the same
+  assert unexplained((384, 768), axes=("data",))  # nothing is gathered along data
+  assert not unexplained((384, 768), axes=("data",), kind="all-reduce")  # but gradients are summed
+  assert unexplained((384, 2304), axes=("tensor",))  # modulation is not split along it
+  assert unexplained((64, 256, 384))  # activations stay where they are
+  assert not unexplained((64, 256, 384), axes=("tensor",), kind="all-reduce")
+  assert unexplained((64, 256, 384), axes=("tensor",))
+  assert unexplained((384, 768), axes=None)
+
+
+def test_large_arrays_that_no_rule_splits_are_warned_of():
+  topology, config = open_slice("v5e:2x4"), load_config("imagenet256", "S/2")
+  shapes = programs.state_shapes(config, DiT(**config.model))
+
+  def told(memory, **mesh):
+    placed = sharding.make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **mesh}, devices=topology.devices)
+    return placement.replicated(shapes, sharding.state_shardings(shapes, config.sharding, placed), placed, memory)
+
+  assert told(16e9, fsdp=8) == []
+  config.sharding.rules = (("blocks/mlp_in/kernel", ()), *config.sharding.rules)
+  assert [text.split(" lies")[0] for text in told(16e9, fsdp=8)] == [
+    f"{tree}/blocks/mlp_in/kernel (27 MiB)" for tree in ("params", "ema_params", "opt_state/0/mu", "opt_state/0/nu")
+  ]
+  assert told(16e9, data=8) == []  # half a gigabyte of sixteen
+  (text,) = told(1e9, data=8)
+  assert "the whole state (0.5 GiB, 53 % of a chip's memory)" in text and "config.mesh.fsdp" in text
+
+
+def test_few_images_on_a_chip_are_warned_of(shipped):
+  _, program, figures, _ = shipped
+  few = dataclasses.replace(program, images=2)
+  (text,) = compiled._small_batch(few, figures.bound, 8.4)
+  assert text.startswith("2 images on a chip are fewer than the 8 ")
+  assert compiled._small_batch(few, figures.bound, 1.9) == []
+
+
+def test_a_plan_is_written_as_numbers_tables_and_pictures(written):
+  config, directory, told, log, _ = written
+  assert json.loads((directory / "v5e_2x4.json").read_text()) == json.loads(json.dumps(told))
+  training, sampling = told["programs"]
+  assert (training["mesh"], training["images_per_chip"]) == ({"data": 1, "fsdp": 8, "tensor": 1}, 8)
+  assert sampling["images_per_chip"] == 8 and sampling["evaluations_per_image"] == 249
+  model = DiT(**config.model)
+  assert sampling["flops"] == 8 * roofline.evaluation(model)
+  assert sampling["argument_bytes"]["parameters"] == sum(4 * p.size for p in jax.tree.leaves(parameter_shapes(model)))
+  rate = sampling["images_per_second_per_chip"]
+  assert rate == pytest.approx(8 / (249 * sampling["bound_seconds"]))
+  table = (directory / "v5e_2x4.md").read_text()
+  assert table.startswith("# v5e-8 (v5e:2x4), 8 × TPU v5e") and "all-gather" in table
+  assert f"{training['memory']['needed'] / 2**30:.2f} of 15.75" in table
+  with Image.open(directory / "v5e_2x4.png") as picture:
+    assert picture.width > 300
+  assert "compiling for v5e:2x4" in log and "images on a chip are fewer" in log
+
+
+def stand_in(monkeypatch, memory_of):
+  """Compilation by a formula: `memory_of` gives a training step's temporaries in bytes from its program's `about`."""
+  asked = []
+
+  def compile_program(program, topology):
+    asked.append(program)
+    needed = sum(program.arguments.values()) + memory_of(program)
+    fits = needed <= 0.95 * topology.chip.usable_memory
+    seconds = 1 + program.again / program.operations + 1e-6 * program.mesh["fsdp"]
+    bound = roofline.Roofline(seconds, 0, 0, 0)
+    return compiled.Figures(program, topology.chip, 1.0, {}, needed, fits, "", bound=bound)
+
+  monkeypatch.setattr(propose, "compile_program", compile_program)
+  return asked, compile_program
+
+
+def remat_of(program):
+  return program.about.rsplit(" ", 1)[1]
+
+
+def with_memory(topology, usable: float):
+  return dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, usable_memory=usable))
+
+
+def test_the_fastest_remat_that_fits_is_proposed_on_the_smallest_fsdp(monkeypatch):
+  config, topology = load_config("imagenet256", "XL/2"), with_memory(open_slice("v5e-16"), 8 * 2**30)
+  config.mesh.update(data=1, fsdp=16)
+  kept = {"none": 9, "dots": 7.2, "dots_no_batch": 4, "full": 1}  # GiB, beside a state of 10.06 / fsdp
+  asked, compile_program = stand_in(monkeypatch, lambda program: int(kept[remat_of(program)] * 2**30))
+  found = propose.training(config, topology, compile_program(programs.training(config, topology), topology))
+  # "dots" does nothing twice, but 7.2 and a sixteenth of the state leave no reserve; an fsdp of 4 takes 2.5 beside 4.
+  assert found.flags == (
+    "--config.model.remat=dots_no_batch --config.mesh.data=-1 --config.mesh.fsdp=4 --config.train.accumulate=1"
+  )
+  assert found.figures.fits and len(asked) == 5
+  proposed = load_config("imagenet256", "XL/2")
+  for flag in found.flags.split():
+    key, value = flag.removeprefix("--config.").split("=")
+    proposed.update_from_flattened_dict({key: value if "remat" in key else int(value)})
+  again = compile_program(programs.training(proposed, topology), topology)
+  assert again.fits and again.needed == found.figures.needed
+
+
+def test_what_fits_and_is_fastest_stays(monkeypatch):
+  config, topology = load_config("imagenet256", "B/2"), open_slice("v5e-16")
+  config.model.remat = "none"
+  _, compile_program = stand_in(monkeypatch, lambda program: 2**30)
+  found = propose.training(config, topology, compile_program(programs.training(config, topology), topology))
+  assert found.flags == "" and found.figures.fits
+
+
+def test_a_batch_that_fits_in_no_way_is_accumulated(monkeypatch):
+  config, topology = load_config("imagenet256", "XL/2"), open_slice("v5e-16")
+  config.train.batch_size = 4096
+
+  parts = {}
+  training = programs.training
+
+  def counted(config, topology):
+    program = training(config, topology)
+    parts[id(program)] = config.train.accumulate
+    return program
+
+  monkeypatch.setattr(programs, "training", counted)
+  _, compile_program = stand_in(monkeypatch, lambda program: 256 * 2**30 // parts[id(program)])
+  found = propose.training(config, topology, compile_program(programs.training(config, topology), topology))
+  assert found.figures.fits and "--config.train.accumulate=32" in found.flags and "remat=full" in found.flags
+
+
+def test_a_state_that_fits_nowhere_is_told(monkeypatch):
+  config, topology = load_config("imagenet256", "XL/2"), with_memory(open_slice("v5e:2x2"), 2**30)
+  _, compile_program = stand_in(monkeypatch, lambda program: 0)
+  found = propose.training(config, topology, compile_program(programs.training(config, topology), topology))
+  assert found.figures is None and "the state alone takes 2.5" in found.reason
+
+
+@pytest.mark.slow  # compiles seven programs
+def test_too_little_memory_leads_to_settings_that_fit(monkeypatch, tmp_path):
+  """A chip of which one holds neither the activations nor the whole state: what XLA compiles then fits."""
+  config = small()
+  config.model.update(remat="none", input_size=32)
+  config.mesh.update(data=-1, fsdp=1)
+  config.evaluation.samples = 0
+  topology = open_slice("v5e-8")
+  given = compiled.compile_program(programs.training(config, topology), topology)
+  monkeypatch.setattr(plan, "open_topologies", lambda names: [with_memory(topology, 0.8 * given.needed)])
+  (told,) = plan.plan(config, "v5e-8", str(tmp_path))
+  assert not told["programs"][0]["fits"]
+  proposed = told["proposals"]["training"]
+  assert proposed["flags"] and proposed["figures"]["fits"]
+  assert proposed["figures"]["memory"]["needed"] <= 0.95 * 0.8 * given.needed
+  best = min(one["bound_seconds"] for one in proposed["tried"] if one["fits"])
+  assert proposed["figures"]["bound_seconds"] == best
+  assert f"Proposed for training: `{proposed['flags']}`" in (tmp_path / "v5e_2x4.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_program_that_xla_refuses_is_told_with_its_number():
+  config, topology = load_config("imagenet256", "L/2"), open_slice("v5e-16")
+  config.model.remat = "none"
+  config.mesh.fsdp = 1
+  figures = compiled.compile_program(programs.training(config, topology), topology)
+  assert not figures.fits and figures.bound is None
+  assert "exceeds available HBM (15.75G)" in figures.refused and 16 * 2**30 < figures.needed < 32 * 2**30
+
+
+@pytest.mark.slow
+def test_the_published_table_is_what_compiles(tmp_path):
+  documented = json.loads((ROOT / "docs" / "plan.json").read_text())
+  config = load_config("imagenet256", "XL/2")
+  config.evaluation.samples = 0
+  (found,) = plan.plan(config, "v5e-16", str(tmp_path))
+  (expected,) = (told for told in documented["XL/2"] if told["slice"] == "v5e-16")
+  if found["versions"] != expected["versions"]:
+    pytest.skip(f"the table is of {expected['versions']}")
+  training, published = found["programs"][0], expected["programs"][0]
+  for told in (training, published):
+    del told["compile_seconds"]
+  assert training == published
+
+
+def test_every_row_of_the_published_table_fits_with_the_shipped_config():
+  documented = json.loads((ROOT / "docs" / "plan.json").read_text())
+  table = (ROOT / "docs" / "plan.md").read_text()
+  assert set(documented) == {"B/2", "L/2", "XL/2"}
+  for name, slices in documented.items():
+    config = load_config("imagenet256", name)
+    assert [told["slice"] for told in slices] == ["v5e-16", "v5e-256", "v6e-16", "v5p-16", "v4-32"]
+    for told in slices:
+      assert [program["program"] for program in told["programs"]] == ["training", "sampling", "decoding"]
+      mesh = sharding.make_mesh(**config.mesh, devices=open_slice(told["slice"]).devices)
+      training = told["programs"][0]
+      assert training["mesh"] == dict(mesh.shape) and f"remat {config.model.remat}" in training["about"]
+      assert training["images_per_chip"] * math.prod(mesh.shape.values()) == config.train.batch_size
+      for program in told["programs"]:
+        assert program["fits"] and program["memory"]["needed"] <= 0.95 * program["memory"]["usable"]
+        assert np.isfinite(program["bound_seconds"])
+        row = f"| {name} | {told['slice']} | {program['program']} |"
+        assert row in table and f"{program['memory']['needed'] / 2**30:.2f}" in table.split(row)[1].splitlines()[0]
