@@ -42,7 +42,7 @@ def test_the_critical_batch_computes_as_long_as_it_moves():
 
 @functools.cache
 def counted(model: DiT, batch: int = 2) -> float:
-  """Operations of a gradient, as the program has them before any optimisation; unrolled: a loop is counted once."""
+  """Operations of a gradient, as the program has them before any optimisation; of one block: a loop is counted once."""
   x, label = jnp.zeros((batch, *model.input_shape)), jnp.zeros(batch, jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), x, label)
 
@@ -54,7 +54,7 @@ def counted(model: DiT, batch: int = 2) -> float:
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_what_is_done_again_is_what_the_compiler_counts_more(remat):
-  options = dict(input_size=16, channels=4, patch_size=1, width=128, depth=2, num_heads=2, num_classes=7, unroll=2)
+  options = dict(input_size=16, channels=4, patch_size=1, width=128, depth=1, num_heads=2, num_classes=7)
   plain, model = DiT(**options), DiT(**options, remat=remat)
   more, again = counted(model) - counted(plain), roofline.done_again(model)
   # The compiler counts softmax, norms and activations too, which are a tenth of so narrow a block.
