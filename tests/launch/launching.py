@@ -59,8 +59,9 @@ if act == "fail":
 end = time.monotonic() + 60  # when the test is no more
 while (act == "stubborn" or act == "wait" and not told) and time.monotonic() < end:
   time.sleep(0.02)
-  if told:
-    (records / f"{name}.told").write_text(told[0])
+  if told and not (records / f"{name}.told").exists():  # it may be killed while it writes
+    (records / f"{name}.partial").write_text(told[0])
+    (records / f"{name}.partial").rename(records / f"{name}.told")
 """
 
 
