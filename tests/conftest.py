@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import runpy
+import socket
 import struct
 
 # Tests compile much and run little: without LLVM's optimisations they take two thirds of the time. Inherited by the
@@ -110,6 +111,13 @@ def final_state(workdir: pathlib.Path) -> dict[str, bytes]:
     state = manager.restore(manager.latest_step()).state
   flat = jax.tree_util.tree_flatten_with_path(state)[0]
   return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
+
+
+def free_port() -> int:
+  """Of this machine, for processes that are to find each other."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
 
 
 class Reference:

@@ -146,12 +146,6 @@ def divisions(options: ml_collections.ConfigDict, shapes: Any, devices: Sequence
       yield mesh
 
 
-def held(shapes: Any, shardings: Any) -> int:
-  """Bytes that one device holds of a tree, without what fills up tiles."""
-  leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
-  return sum(math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, placed in leaves)
-
-
 def _explained(collective: Collective, dims: tuple[int, ...], parameters: Parameters) -> bool:
   if collective.axes is None:
     return False

@@ -91,8 +91,8 @@ def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
     "average": (shapes.ema_params, shardings.ema_params),
     "optimizer": (shapes.opt_state, shardings.opt_state),
   }
-  arguments = {name: placement.held(*part) for name, part in parts.items()}
-  arguments |= {"batch": placement.held(batch, jax.tree.map(lambda leaf: leaf.sharding, batch))}
+  arguments = {name: sharding.held(*part) for name, part in parts.items()}
+  arguments |= {"batch": sharding.held(batch, jax.tree.map(lambda leaf: leaf.sharding, batch))}
   arguments |= {"autoencoder": sum(leaf.size * 4 for leaf in jax.tree.leaves(frozen))} if encoder else {}
   held = sum(arguments[name] for name in parts)
   return Program(

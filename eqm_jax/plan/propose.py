@@ -38,7 +38,7 @@ def training(config: ml_collections.ConfigDict, topology: Topology, given: Figur
   """
   shapes = programs.state_shapes(config, DiT(**config.model))
   held = {
-    mesh.shape["fsdp"]: placement.held(shapes, sharding.state_shardings(shapes, config.sharding, mesh))
+    mesh.shape["fsdp"]: sharding.held(shapes, sharding.state_shardings(shapes, config.sharding, mesh))
     for mesh in placement.divisions(config, shapes, topology.devices)
   }
   memory = (1 - RESERVE) * topology.chip.usable_memory

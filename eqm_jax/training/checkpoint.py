@@ -152,20 +152,18 @@ def restore_params(workdir: str, name: str, shapes: Any, step: int | None = None
     raise ValueError(
       f"{workdir}: no finished checkpoint{wanted} in its {DIRECTORY}, there are {there or 'none'}; was it trained?"
     )
-  wanted = {name: shapes}
-  placed = _on_first_device(wanted)
-  for candidate in sorted(there, reverse=True) if step is None else [step]:
+  placed = _on_first_device({name: shapes})
+  candidates = sorted(there, reverse=True) if step is None else [step]
+  for candidate in candidates:
     directory = os.path.join(os.path.abspath(workdir), DIRECTORY, str(candidate))
     try:
       state, _, saved = _read(directory, placed)
-      if differing := _differing(state, saved):
-        raise DamagedCheckpoint(f"{directory}: damaged checkpoint (other bits than were saved: {differing[0]}, ...)")
+      _check_bits(directory, state, saved)
       return state[name], candidate
     except DamagedCheckpoint as error:
-      if candidate == min(there) or step is not None:
+      if candidate == candidates[-1]:
         raise
       log.warning("%s. The one before it is used", error)
-  raise AssertionError("the oldest checkpoint is used or refused")
 
 
 def write_tree(directory: str, tree: Any):
@@ -220,14 +218,20 @@ def _read_together(directory: str, shapes: Any) -> tuple[Any, Any, str | None]:
   # Each process has read its own part of the arrays: what one of them finds counts for all.
   if not devices.from_all(np.asarray([damage is None], np.uint32)).all():
     return None, None, damage or f"{directory}: damaged checkpoint, as another process finds"
-  if differing := _differing(state, saved):
-    return None, None, f"{directory}: damaged checkpoint (other bits than were saved: {', '.join(differing)[:200]})"
+  try:
+    _check_bits(directory, state, saved)
+  except DamagedCheckpoint as error:
+    return None, None, str(error)
   return state, data, None
 
 
-def _differing(tree: Any, saved: dict[str, int]) -> list[str]:
-  """The paths of the arrays whose checksum is not the saved one."""
-  return [name for name, value in checksums(tree).items() if saved and saved.get(name) != value]
+def _check_bits(directory: str, tree: Any, saved: dict[str, int]):
+  """Raises DamagedCheckpoint, naming the arrays, if they are not those whose checksums were saved, if any were."""
+  differing = [name for name, value in checksums(tree).items() if saved.get(name) != value] if saved else []
+  if differing:
+    raise DamagedCheckpoint(
+      f"{directory}: damaged checkpoint (other bits than were saved: {', '.join(differing)[:200]})"
+    )
 
 
 def _set_aside(manager: ocp.CheckpointManager, damaged: list[int]):

@@ -15,8 +15,10 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+from eqm_jax.networks.dit import SAMPLES, WITHIN_LAYER
+
+BATCH = SAMPLES
+AXES = (*SAMPLES, WITHIN_LAYER)
 EMA = ("parameters", "devices")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
@@ -134,10 +136,16 @@ def table(shapes: Any, shardings: Any) -> str:
   """One line for each array: its path, its axes, and what a device holds of it."""
   rows = []
   for (path, leaf), placed in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings)):
-    size = math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    size = held(leaf, placed)
     axes = ", ".join(str(axis) for axis in placed.spec) if any(placed.spec) else "replicated"
     rows.append(f"  {path_name(path):32s} {size / 2**20:9.3f} MiB  {axes}")
   return "\n".join(rows)
+
+
+def held(shapes: Any, shardings: Any) -> int:
+  """Bytes that one device holds of a tree, without what fills up tiles."""
+  leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
+  return sum(math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, placed in leaves)
 
 
 def path_name(path: tuple) -> str:

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 from PIL import Image
 
 from eqm_jax.data import shipped
@@ -353,9 +352,7 @@ def test_one_device_and_eight_give_the_same_bits(tmp_path, on_one_device):
 
 @pytest.mark.slow
 def test_two_processes_share_the_samples_and_give_the_same_bits(tmp_path, on_one_device):
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   both = [start(tmp_path, process=process, processes=2, port=port) for process in range(2)]
   first, second = (finish(process) for process in both)
   assert first["devices"] == 2 and second["report"] is None

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, load_config
+from conftest import ROOT, free_port, load_config
 
 from eqm_jax import devices, programs
 from eqm_jax.files import claimed
@@ -22,12 +21,6 @@ RUN = {
   "model.width": 16, "model.depth": 1, "model.num_heads": 2, "train.batch_size": 8, "train.log_every": 1,
   "checkpoint.every": 5, "evaluation.samples": 0,
 }  # fmt: skip
-
-
-def free_port() -> int:
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    return free.getsockname()[1]
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:

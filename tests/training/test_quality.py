@@ -1,12 +1,11 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import jax
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 from eqm_jax.data import shipped
 from eqm_jax.evaluation import comparison, samplers
@@ -118,9 +117,7 @@ programs.run("train", config, workdir, None)
 
 @pytest.mark.slow
 def test_two_processes_judge_together(tmp_path):
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
   commands = [[sys.executable, "-c", PROGRAM, str(process), str(port), str(tmp_path)] for process in range(2)]
   running = [subprocess.Popen(one, env=environment, stderr=subprocess.PIPE, text=True) for one in commands]
