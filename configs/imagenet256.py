@@ -111,6 +111,7 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
     unroll=1,  # blocks per scan iteration
     remat="dots_no_batch",  # "none", "dots", "dots_no_batch" or "full"; on TPUs "none" writes attention to HBM
     attention="xla",  # "xla" or "cudnn"
+    block="auto",  # how blocks are written: "xla" for TPUs and GPUs, "cpu", or "auto": by the backend
     energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
   )
   config.objective = config_dict.create(

@@ -56,6 +56,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     unroll=4,  # blocks per scan iteration; all of them is fastest on a CPU
     remat="none",  # "none", "dots", "dots_no_batch" or "full": what the backward pass computes again
     attention="xla",  # "xla" or "cudnn"
+    block="auto",  # how blocks are written: "xla" for TPUs and GPUs, "cpu", or "auto": by the backend
     energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
   )
   config.objective = config_dict.create(

@@ -8,6 +8,7 @@ embedding is that of time 0, one learned vector, as in the released code.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+
+from eqm_jax.networks import cpu_blocks
 
 # depth, width, num_heads of the published sizes; the patch size follows the slash in a name: "XL/2".
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -27,6 +30,7 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 ATTENTION = ("xla", "cudnn")
+BLOCKS = ("auto", "xla", "cpu")
 ENERGIES = ("none", "dot", "l2", "scalar")
 TIME_FREQUENCIES = 256
 
@@ -56,6 +60,7 @@ class DiT(nn.Module):
   unroll: int = 1  # blocks per iteration of the scan
   remat: str = "none"  # one of REMAT_POLICIES
   attention: str = "xla"  # or "cudnn" (GPU, bfloat16)
+  block: str = "auto"  # how blocks are written: "xla" suits TPUs and GPUs, "cpu" CPUs, "auto" chooses by the backend
   energy: str = "none"  # what the answer is for: "none", itself the field; "dot" or "l2", part of an energy;
   # "scalar", the energy itself, [B]: a head that sums over the tokens in place of the last layer
 
@@ -75,7 +80,13 @@ class DiT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BxHxWxC: jax.Array, label_B: jax.Array, gamma_B: jax.Array | None = None, *, return_tokens: bool = False
+    self,
+    x_BxHxWxC: jax.Array,
+    label_B: jax.Array,
+    gamma_B: jax.Array | None = None,
+    *,
+    return_tokens: bool = False,
+    training: bool = False,
   ):
     """f(x | label).
 
@@ -84,6 +95,7 @@ class DiT(nn.Module):
       label_B: int, 0..num_classes; num_classes means no class.
       gamma_B: the time, only with `time_input`: 0 at noise, 1 at data.
       return_tokens: also return the last block's activations [B, T, width].
+      training: allow a backward pass that is faster but has no forward-mode derivative.
 
     Returns:
       f [B, H, W, C] in float32 (float64 if dtype is), or (f, tokens). With energy
@@ -105,7 +117,10 @@ class DiT(nn.Module):
     )
     condition_BxD = _spread(time_BxD + label_BxD, SAMPLES)
 
-    tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
+    if self._uses_cpu_blocks():
+      tokens_BxTxD = self._cpu_blocks(tokens_BxTxD, condition_BxD, training)
+    else:
+      tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
 
     # The last layer is narrow, and its answer is summed over hundreds of steps: never below float32.
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -121,6 +136,26 @@ class DiT(nn.Module):
     )
     f_BxHxWxC = unpatchify(out_BxTxP, self.patch_size, out_channels)[..., : self.channels]
     return (f_BxHxWxC, tokens_BxTxD) if return_tokens else f_BxHxWxC
+
+  def _uses_cpu_blocks(self) -> bool:
+    """Whether the blocks run in the form for CPUs; parameters are always made by the other one."""
+    if self.is_initializing() or self.block == "xla":
+      return False
+    # A layer that is split over devices has its axes named in `Block`.
+    split = jax.sharding.get_abstract_mesh().size > 1
+    return self.block == "cpu" or (jax.default_backend() == "cpu" and not split)
+
+  def _cpu_blocks(self, tokens_BxTxD, condition_BxD, training: bool):
+    wrap = functools.partial(jax.checkpoint, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    return cpu_blocks.blocks(
+      self.get_variable("params", "blocks"),
+      tokens_BxTxD,
+      condition_BxD,
+      num_heads=self.num_heads,
+      training=training,
+      unroll=min(self.unroll, self.depth),
+      **({} if self.remat == "none" else {"wrap": wrap}),
+    )
 
   def _blocks(self, dtype):
     """The depth blocks as one module, scanned over stacked parameters."""
@@ -320,6 +355,8 @@ def _check_attributes(m: DiT):
     )
   if m.attention not in ATTENTION:
     raise ValueError(f"model: attention = {m.attention!r} is not one of {', '.join(ATTENTION)}")
+  if m.block not in BLOCKS:
+    raise ValueError(f"model: block = {m.block!r} is not one of {', '.join(BLOCKS)}")
   if m.energy not in ENERGIES:
     raise ValueError(f"model: energy = {m.energy!r} is not one of {', '.join(ENERGIES)}")
   if m.energy != "none" and m.time_input:

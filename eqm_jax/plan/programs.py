@@ -67,7 +67,7 @@ def of(config: ml_collections.ConfigDict, topology: Topology) -> list[Program]:
 
 def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   """The training step, as `training.train` makes it."""
-  model, batch_size = dit.DiT(**config.model), config.train.batch_size
+  model, batch_size = planned_model(config), config.train.batch_size
   optimizer = state_lib.make_optimizer(config.optimizer, config.train.steps)
   mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
   batch_sharding = sharding.batch_sharding(mesh, batch_size, config.train.accumulate)
@@ -118,7 +118,7 @@ def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
 
 def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   """The loop that draws samples on one chip, of the first row that is evaluated."""
-  model, options = dit.DiT(**config.model), config.evaluation
+  model, options = planned_model(config), config.evaluation
   name = settings.rows_of(config)[0]
   row = config.samplers[name]
   batching = samplers.Batching(
@@ -170,7 +170,8 @@ def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
 
 def decoding(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   """The decoder on one chip, as many images as it takes at a time."""
-  model, module = dit.DiT(**config.model), _autoencoder(config, dit.DiT(**config.model))
+  model = planned_model(config)
+  module = _autoencoder(config, model)
   mesh, images = Mesh(np.asarray(topology.devices[:1]), ("data",)), config.autoencoder.batch_size
   whole = NamedSharding(mesh, PartitionSpec())
   params = jax.tree.map(lambda leaf: _placed(leaf, whole), autoencoder.parameter_shapes(module))
@@ -192,6 +193,12 @@ def decoding(config: ml_collections.ConfigDict, topology: Topology) -> Program:
     arguments={"decoder": read, "encoder, which it does not read": sum(sizes.values()) - read},
     given=(params, latents),
   )
+
+
+def planned_model(config: ml_collections.ConfigDict) -> dit.DiT:
+  """The config's model as the slice would run it: "auto" would choose by the machine that plans, a CPU."""
+  model = dit.DiT(**config.model)
+  return model.clone(block="xla") if model.block == "auto" else model
 
 
 def state_shapes(config: ml_collections.ConfigDict, model: dit.DiT) -> state_lib.TrainState:

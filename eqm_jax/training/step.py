@@ -117,7 +117,7 @@ def drawn_loss(
   def field_fn(x_BxHxWxC, *gamma):  # → f, and the tokens for the dispersive loss
     if energy.is_energy(model):
       return energy.SECOND_ORDER[config.second_order](model, model.energy, params, x_BxHxWxC, drawn.label_B), None
-    return model.apply({"params": params}, x_BxHxWxC, drawn.label_B, *gamma, return_tokens=True)
+    return model.apply({"params": params}, x_BxHxWxC, drawn.label_B, *gamma, return_tokens=True, training=True)
 
   inputs = field_fn, data_BxHxWxC, drawn.noise_BxHxWxC, drawn.gamma_B
   if config.kind == "equilibrium":
