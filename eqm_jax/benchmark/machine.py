@@ -88,10 +88,15 @@ def check_memory(
 
 
 def refuse(what: str, needed: int | None, available: int | None):
-  """Raises ValueError if more bytes are needed on a device than it can take; None: not known."""
-  if needed is not None and available is not None and needed > available:
+  """Raises ValueError if more bytes are needed on a device than it can take."""
+  if not fits(needed, available):
     sizes = f"{needed / 2**30:.2f} GiB on each device, but {available / 2**30:.2f} GiB are available"
     raise ValueError(f"{what} needs about {sizes}: {REMEDY}")
+
+
+def fits(needed: int | None, available: int | None) -> bool:
+  """Whether a device can take so many bytes; yes where one of the numbers, None, is not known."""
+  return needed is None or available is None or needed <= available
 
 
 def activation_bytes(model: DiT) -> int:

@@ -88,22 +88,19 @@ def timed(
     jax.block_until_ready(result)
     return result, arguments
 
-  calls, seconds = 1, []
+  calls, seconds, result = 1, [], None
   if warm_up:
     _, arguments = run(1, arguments)
     begin = time.perf_counter()
-    _, arguments = run(1, arguments)
+    result, arguments = run(1, arguments)
     once = time.perf_counter() - begin
     calls = min(MOST_CALLS, max(1, math.ceil(SHORTEST_TURN / once)))
     if once > LONGEST_CASE / 4:  # a second turn of a slow function tells little, and this one is warm already
       seconds.append(once)
-  result = None
   while len(seconds) < turns and (not seconds or sum(seconds) * calls < LONGEST_CASE):
     begin = time.perf_counter()
     result, arguments = run(calls, arguments)
     seconds.append((time.perf_counter() - begin) / calls)
-  if result is None:
-    result, _ = run(1, arguments)
   return Timing(tuple(seconds), calls), result
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eqm_jax.benchmark import machine, measure
+from eqm_jax.benchmark.results import Row, make_row
 from eqm_jax.data.codec import Codec
 from eqm_jax.equilibrium import field, sampler, streaming
 from eqm_jax.evaluation import evaluate, samplers
@@ -35,46 +36,6 @@ PULL_STEP = 0.003  # η of the synthetic descent
 
 class NotApplicable(Exception):
   """A case that a config does not have; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One measured case. Times are seconds of one unit, such as a training step."""
-
-  name: str
-  about: str  # what was measured, with its sizes
-  unit: str
-  seconds: float  # the median of the turns
-  fastest: float
-  slowest: float
-  turns: int
-  calls: int  # in each turn
-  images: float | None = None  # samples in a unit
-  compile_seconds: float | None = None
-  flops: float | None = None  # of a unit, on all devices
-  flops_by: str | None = None  # "formula" (networks/flops.py), or "compiler", XLA's own count
-  precision: str | None = None  # of its matrix products: which peak it is compared with
-  program_bytes: int | None = None  # arguments, results and temporaries of the program on one device
-  process_bytes: int | None = None  # the most that the process held at one time during the case
-  details: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def row(
-  name: str, about: str, unit: str, timing: measure.Timing, program: measure.Program | None = None, **others: Any
-) -> Row:
-  """A row from a timing and, where something was compiled, its program."""
-  compiled = {"compile_seconds": program.compile_seconds, "program_bytes": program.bytes} if program else {}
-  return Row(
-    name=name,
-    about=about,
-    unit=unit,
-    seconds=timing.median,
-    fastest=min(timing.turns),
-    slowest=max(timing.turns),
-    turns=len(timing.turns),
-    calls=timing.calls,
-    **{**compiled, **others},
-  )
 
 
 @dataclasses.dataclass
@@ -177,17 +138,18 @@ def forward(w: Workspace) -> list[Row]:
   program = measure.compile_program(apply, w.params, x, label)
   timing, _ = measure.timed(program.call, w.params, x, label, turns=w.turns)
   about = f"the network on {_batch(w)}"
-  return [row("forward", about, "pass", timing, program, **_work(w, len(x), flops.forward(w.model)))]
+  return [make_row("forward", about, "pass", timing, program, **_work(w, len(x), flops.forward(w.model)))]
 
 
 def training_step(w: Workspace, name: str = "training step") -> list[Row]:
   """The step of a training run, its state donated, on a batch that lies on the devices already."""
   program, batch = w.program_of_step, w.training_batch()
-  machine.refuse(f"the compiled {name}", program.bytes, measure.available_memory(w.devices))
+  if not machine.fits(program.bytes, measure.available_memory(w.devices)):
+    raise NotApplicable(f"the {name} needs {program.bytes / 2**30:.2f} GiB on each device, more than is available")
   timing, _ = measure.timed(program.call, w.init_state(), batch, None, turns=w.turns, carry=True)
   size = w.config.train.batch_size
   about = f"a batch of {size}, remat {w.config.model.remat}: loss, gradient, AdamW, average"
-  return [row(name, about, "step", timing, program, **_work(w, size, flops.training(w.model)))]
+  return [make_row(name, about, "step", timing, program, **_work(w, size, flops.training(w.model)))]
 
 
 def evaluation(w: Workspace) -> list[Row]:
@@ -216,7 +178,7 @@ def _evaluation(w: Workspace, name: str, about: str, guidance: float) -> Row:
   timing, _ = measure.timed(program.call, w.params, x, label, turns=w.turns)
   about = f"{about}, {steps} evaluations, time of one"
   work = _work(w, len(x), flops.evaluation(w.model, guided=guidance != 1))
-  return row(name, about, "evaluation", timing.divided(steps), program, **work)
+  return make_row(name, about, "evaluation", timing.divided(steps), program, **work)
 
 
 def energy_cases(w: Workspace) -> list[Row]:
@@ -375,7 +337,7 @@ def _batching_row(w: Workspace, name: str, run: Callable, text: str, descents: D
     "utilisation": float(np.sum(nfe_N)) / executed,
   }
   work = _work(w, count, descents.flops * executed / count)
-  return row(name, about, "run", timing, compile_seconds=compile_seconds, details=details, **work)
+  return make_row(name, about, "run", timing, compile_seconds=compile_seconds, details=details, **work)
 
 
 def _work(w: Workspace, images: int, operations: float) -> dict[str, Any]:

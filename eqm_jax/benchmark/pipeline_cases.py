@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqm_jax.benchmark import measure
-from eqm_jax.benchmark.network_cases import NotApplicable, Row, Workspace, row
+from eqm_jax.benchmark.network_cases import NotApplicable, Workspace
+from eqm_jax.benchmark.results import Row, make_row
 from eqm_jax.convert import inception as convert_inception
 from eqm_jax.data import codec as codec_lib
 from eqm_jax.data import latents, pipeline, sources
@@ -50,7 +51,7 @@ def reading(w: Workspace) -> list[Row]:
   data.close()
   timing = measure.Timing(tuple(turns), 1)
   about = f"{w.config.data.source}, {len(source)} samples, {w.config.data.threads} threads, batches of {READ_BATCH}"
-  return [row("reading data", about, "batch", timing, images=READ_BATCH)]
+  return [make_row("reading data", about, "batch", timing, images=READ_BATCH)]
 
 
 def training_loop(w: Workspace) -> list[Row]:
@@ -105,7 +106,7 @@ def _training_loop(w: Workspace, name: str, about: str, source: Source, encodes:
   timing = measure.Timing(tuple(turns), steps)
   details = {"data_wait": waits / (steps * sum(turns))}
   about = f"{about}, batches of {size}"
-  return row(name, about, "step", timing, program if encodes else None, images=size, details=details)
+  return make_row(name, about, "step", timing, program if encodes else None, images=size, details=details)
 
 
 def checkpoint_save(w: Workspace) -> list[Row]:
@@ -129,7 +130,7 @@ def checkpoint_save(w: Workspace) -> list[Row]:
   for name, turns in (("checkpoint save, blocking", blocking), ("checkpoint save, total", total)):
     timing = measure.Timing(tuple(turns), 1)
     details = {"bytes": size, "bytes_per_second": size / timing.median}
-    rows.append(row(name, about, "save", timing, details=details))
+    rows.append(make_row(name, about, "save", timing, details=details))
   return rows
 
 
@@ -222,7 +223,7 @@ def metrics(w: Workspace) -> list[Row]:
       # numpy needs no warm-up; what precision and recall compile is a small part of their time
       timing, _ = measure.timed(function, turns=1, warm_up=False)
     process_bytes = peak[0] if peak else None
-    rows.append(row(f"metrics: {name}", about, "evaluation", timing, process_bytes=process_bytes))
+    rows.append(make_row(f"metrics: {name}", about, "evaluation", timing, process_bytes=process_bytes))
   return rows
 
 
@@ -234,7 +235,7 @@ def _images_row(
   machine_flops = jax.jit(function).lower(params, images).cost_analysis()
   timing, _ = measure.timed(program.call, params, images, turns=w.turns)
   work = {"flops": machine_flops["flops"], "flops_by": "compiler"} if machine_flops else {}
-  return row(name, about, "batch", timing, program, images=len(images), precision=precision, **work)
+  return make_row(name, about, "batch", timing, program, images=len(images), precision=precision, **work)
 
 
 def random_params(shapes: Any) -> Any:

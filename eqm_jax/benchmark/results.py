@@ -9,14 +9,14 @@ from typing import Any
 import ml_collections
 
 from eqm_jax.benchmark import machine as machine_lib
-from eqm_jax.benchmark.network_cases import Row
+from eqm_jax.benchmark import measure
 from eqm_jax.files import read_json
 from eqm_jax.training.checks import differences
 
 KIND = "eqm_jax benchmark"
 TITLES = (
   "case",
-  "time of a",
+  "unit",
   "median",
   "fastest – slowest",
   "images/s",
@@ -26,6 +26,46 @@ TITLES = (
   "program",
   "process",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One measured case. Times are seconds of one unit, such as a training step."""
+
+  name: str
+  about: str  # what was measured, with its sizes
+  unit: str
+  seconds: float  # the median of the turns
+  fastest: float
+  slowest: float
+  turns: int
+  calls: int  # in each turn
+  images: float | None = None  # samples in a unit
+  compile_seconds: float | None = None
+  flops: float | None = None  # of a unit, on all devices
+  flops_by: str | None = None  # "formula" (networks/flops.py), or "compiler", XLA's own count
+  precision: str | None = None  # of its matrix products: which peak it is compared with
+  program_bytes: int | None = None  # arguments, results and temporaries of the program on one device
+  process_bytes: int | None = None  # the most that the process held at one time during the case
+  details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def make_row(
+  name: str, about: str, unit: str, timing: measure.Timing, program: measure.Program | None = None, **others: Any
+) -> Row:
+  """A row from a timing and, where something was compiled, its program."""
+  compiled = {"compile_seconds": program.compile_seconds, "program_bytes": program.bytes} if program else {}
+  return Row(
+    name=name,
+    about=about,
+    unit=unit,
+    seconds=timing.median,
+    fastest=min(timing.turns),
+    slowest=max(timing.turns),
+    turns=len(timing.turns),
+    calls=timing.calls,
+    **{**compiled, **others},
+  )
 
 
 def document(
@@ -72,7 +112,7 @@ def line(row: Row) -> str:
   """A row as one line of a log."""
   rate = f", {row.images / row.seconds:.4g} images/s" if row.images else ""
   compiled = f", compiled in {row.compile_seconds:.1f} s" if row.compile_seconds is not None else ""
-  return f"{row.name}: {_seconds(row.seconds)} a {row.unit}{rate}{compiled}"
+  return f"{row.name}: {_seconds(row.seconds)} per {row.unit}{rate}{compiled}"
 
 
 def markdown(content: dict[str, Any]) -> str:

@@ -11,9 +11,11 @@ import jax
 import ml_collections
 
 from eqm_jax.benchmark import machine, measure, network_cases, pipeline_cases, results, sweeps
-from eqm_jax.benchmark.network_cases import NotApplicable, Row, Workspace
+from eqm_jax.benchmark.network_cases import NotApplicable, Workspace
+from eqm_jax.benchmark.results import Row
 from eqm_jax.data.codec import Codec
 from eqm_jax.files import write_json
+from eqm_jax.networks.dit import DiT
 from eqm_jax.training.pretrained import Pretrained
 
 # In this order: the network first, from which the rest is understood.
@@ -66,6 +68,7 @@ def benchmark(
       `compare` is not comparable.
   """
   _check_options(config)
+  _check_model(config, trained)
   devices = jax.local_devices()
   about = machine.describe(devices)
   old = results.read(compare) if compare else None
@@ -73,8 +76,10 @@ def benchmark(
     results.check_comparable(compare, old, about, results.comparable_config(config))
   workspace = Workspace(config, devices, directory, trained, codec)
   memory = machine.check_memory(config, workspace.state_shapes, workspace.shardings, devices)
-  os.makedirs(directory, exist_ok=True)
   log.info("benchmark on %s", machine.sentence(about))
+  # What compiles longest, and needs most: the compiler knows better than the formula whether it fits.
+  machine.refuse("the compiled training step", workspace.program_of_step.bytes, memory["available"])
+  os.makedirs(directory, exist_ok=True)
 
   before = _peaks(config, devices)
   rows, skipped = _measured(workspace)
@@ -97,7 +102,12 @@ def _measured(workspace: Workspace) -> tuple[list[Row], dict[str, str]]:
         measured = case(workspace)
     except NotApplicable as reason:
       skipped[name] = str(reason)
-      log.info("%s: left out, %s", name, reason)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      skipped[name] = f"does not fit the memory: {str(error).splitlines()[0]}"
+    if name in skipped:
+      log.info("%s: left out, %s", name, skipped[name])
       continue
     process_bytes = peak[0] if peak else None
     for row in measured:
@@ -137,6 +147,15 @@ def _write(directory: str, content: dict[str, Any]):
   for name, sweep in content["sweeps"].items():
     sweeps.picture(name, sweep).save(os.path.join(directory, f"sweep_{name}.png"))
   log.info("%s", text)
+
+
+def _check_model(config: ml_collections.ConfigDict, trained: Pretrained | None):
+  shape = DiT(**config.model).input_shape
+  if trained and trained.model.input_shape != shape:
+    raise ValueError(
+      f"the trained model makes samples of shape {trained.model.input_shape}, but the config's model {shape}: "
+      "give a --checkpoint of this config"
+    )
 
 
 def _check_options(config: ml_collections.ConfigDict):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from eqm_jax.benchmark import network_cases
 from eqm_jax.benchmark.network_cases import Workspace
+from eqm_jax.benchmark.results import Row
 from eqm_jax.evaluation import pictures
 
 NAMES = ("batch", "tokens", "depth", "samples", "devices")
@@ -92,7 +93,7 @@ def _sweep(name: str, points: dict[int, Workspace], peaks: dict[str, dict[str, f
   return {"x": list(points), "series": series}
 
 
-def _rows(name: str, w: Workspace) -> list[network_cases.Row]:
+def _rows(name: str, w: Workspace) -> list[Row]:
   cases = [network_cases.training_step, network_cases.evaluation, network_cases.guided_evaluation]
   rows = []
   for case in [network_cases.batching] if name == "samples" else cases:

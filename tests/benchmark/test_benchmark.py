@@ -50,7 +50,7 @@ def tiny():
 def fast(patch: pytest.MonkeyPatch):
   """Makes the measurements too short to mean anything."""
   patch.setattr(measure, "SHORTEST_TURN", 1e-9)
-  patch.setattr(measure, "PRODUCT_SIDES", {"cpu": (32,)})
+  patch.setattr(measure, "PRODUCT_SIDES", {"cpu": (32,), "other": (32,)})
   patch.setattr(pipeline_cases, "READ_BATCH", 8)
 
 
