@@ -43,8 +43,7 @@ def main(argv: list[str]):
     programs.run(MODE.value, CONFIG.value, os.path.abspath(WORKDIR.value), CHECKPOINT.value, **options)
 
 
-def _log_to_stderr():
-  """Our own lines; the libraries' (through absl) from WARNING on."""
+def _log_to_stderr():  # our own lines; the libraries' (through absl) from WARNING on
   absl.logging.set_verbosity(absl.logging.WARNING)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

@@ -58,7 +58,8 @@ def sentence(machine: dict[str, Any]) -> str:
   processor = f"{machine['processor']} ({sets}), {machine['cores']} cores"
   devices = "" if machine["platform"] == "cpu" else f"{machine['devices']} × {machine['device']}; "
   forced = f", {machine['devices']} forced devices" if not devices and machine["devices"] > 1 else ""
-  return f"{devices}{processor}{forced}; {versions}"
+  flags = f"; XLA_FLAGS={machine['xla_flags'].strip()}" if machine["xla_flags"].strip() else ""
+  return f"{devices}{processor}{forced}; {versions}{flags}"
 
 
 def check_memory(

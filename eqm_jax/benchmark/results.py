@@ -191,7 +191,7 @@ def _seconds(seconds: float) -> str:
 def _bytes(count: int | None) -> str:
   if count is None:
     return ""
-  return f"{count / 2**20:.3g} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+  return f"{count / 2**20:.4g} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
 def read(path: str) -> dict[str, Any]:
