@@ -53,7 +53,7 @@ def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
 
 def sentence(machine: dict[str, Any]) -> str:
   """The machine in one line."""
-  sets = ", ".join(machine["instruction_sets"]) or "no vector instructions known here"
+  sets = ", ".join(machine["instruction_sets"]) or "vector instructions unknown"
   versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
   processor = f"{machine['processor']} ({sets}), {machine['cores']} cores"
   devices = "" if machine["platform"] == "cpu" else f"{machine['devices']} × {machine['device']}; "
@@ -96,7 +96,7 @@ def refuse(what: str, needed: int | None, available: int | None):
 
 
 def fits(needed: int | None, available: int | None) -> bool:
-  """Whether a device can take so many bytes; yes where one of the numbers, None, is not known."""
+  """Whether a device can take so many bytes; yes where one of the numbers is missing."""
   return needed is None or available is None or needed <= available
 
 
@@ -121,7 +121,7 @@ def activation_bytes(model: DiT) -> int:
 
 
 def _processor() -> tuple[str, list[str]]:
-  """(name, instruction sets) as the kernel tells them; elsewhere what Python knows."""
+  """(name, instruction sets) from /proc/cpuinfo; elsewhere from Python, without instruction sets."""
   try:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
       text = file.read()
@@ -129,7 +129,7 @@ def _processor() -> tuple[str, list[str]]:
     return platform.processor() or platform.machine(), []
   name = re.search(r"model name\s*:\s*(.+)", text)
   flags = re.search(r"(?:flags|Features)\s*:\s*(.+)", text)
-  known = set(flags[1].split()) if flags else set()
+  present = set(flags[1].split()) if flags else set()
   return (name[1] if name else platform.machine()), [
-    INSTRUCTION_SETS[flag] for flag in INSTRUCTION_SETS if flag in known
+    INSTRUCTION_SETS[flag] for flag in INSTRUCTION_SETS if flag in present
   ]

@@ -39,11 +39,11 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled function, and what its compilation tells."""
+  """A compiled function, the time its compilation took, and the memory it needs."""
 
   call: Callable
   compile_seconds: float  # tracing and lowering included
-  bytes: int | None  # arguments, results and temporaries on one device; None where the compiler does not say
+  bytes: int | None  # arguments, results and temporaries on one device; None where the compiler reports none
 
 
 def compile_program(function: Callable, *arguments: Any, donate: Sequence[int] = ()) -> Program:
@@ -95,7 +95,7 @@ def timed(
     result, arguments = run(1, arguments)
     once = time.perf_counter() - begin
     calls = min(MOST_CALLS, max(1, math.ceil(SHORTEST_TURN / once)))
-    if once > LONGEST_CASE / 4:  # a second turn of a slow function tells little, and this one is warm already
+    if once > LONGEST_CASE / 4:  # slow functions vary little, and this call was warm already
       seconds.append(once)
   while len(seconds) < turns and (not seconds or sum(seconds) * calls < LONGEST_CASE):
     begin = time.perf_counter()
@@ -124,13 +124,13 @@ def peak_process_memory() -> Iterator[list[int]]:
 
 
 def peak_device_memory(devices: Sequence[jax.Device]) -> int | None:
-  """The most bytes that one of these devices has held so far; None where devices do not tell, as CPUs."""
+  """The most bytes that one of these devices has held so far; None for CPUs, which keep no count."""
   peaks = [stats["peak_bytes_in_use"] for device in devices if (stats := device.memory_stats())]
   return max(peaks) if peaks else None
 
 
 def available_memory(devices: Sequence[jax.Device]) -> int | None:
-  """Bytes that one device can still take; the devices of a CPU share its memory. None: nobody tells."""
+  """Bytes that one device can still take; the devices of a CPU share its memory. None: unknown."""
   free = [
     stats["bytes_limit"] - stats["bytes_in_use"]
     for device in devices

@@ -234,10 +234,10 @@ class PulledField:
 
 
 def _synthetic_descents(w: Workspace, count: int) -> Descents:
-  """Descents of known length: the field is x itself, and each threshold the norm after a drawn number of steps."""
+  """Descents of prescribed length: the field is x, and a threshold the norm of x after a random number of steps."""
   key, nfe = jax.random.key(0), w.config.benchmark.nfe
   shares = np.random.default_rng(0).normal(STOPPING_MEAN, STOPPING_DEVIATION, count)
-  wanted_N = np.clip(np.rint(shares * nfe), 1, nfe)
+  nfe_N = np.clip(np.rint(shares * nfe), 1, nfe)
   norm_N = np.concatenate(
     [
       np.linalg.norm(_noise(key, first, min(first + 256, count), w.model.input_shape), axis=1)
@@ -245,7 +245,7 @@ def _synthetic_descents(w: Workspace, count: int) -> Descents:
     ]
   )
   # Evaluation k sees the norm after k − 1 steps; the threshold lies half a step above that.
-  threshold_N = norm_N * (1 - PULL_STEP) ** (wanted_N - 1.5)
+  threshold_N = norm_N * (1 - PULL_STEP) ** (nfe_N - 1.5)
   return Descents(
     field_fn=PulledField(field.conditional_field(w.model, w.params)),
     label_N=samplers.balanced_labels(count, w.model.num_classes),

@@ -135,7 +135,7 @@ def checkpoint_save(w: Workspace) -> list[Row]:
 
 
 class _Position:
-  """Stands for the data iterator, of which a checkpoint keeps the position."""
+  """Stands for the data iterator, whose position a checkpoint keeps."""
 
   def get_state(self) -> dict[str, int]:
     return {"position": 0}
@@ -181,7 +181,7 @@ def classifier_features(w: Workspace) -> list[Row]:
   if "classifier" not in w.config.evaluation.features:
     raise NotApplicable("evaluation.features does not name 'classifier'")
   if w.model.num_classes < 2:
-    raise NotApplicable("the data has no classes to tell apart")
+    raise NotApplicable("the data has fewer than two classes")
   module, images = Classifier(w.model.num_classes), fitting.BATCH * len(w.devices)
   shape = w.codec.image_shape(w.model.input_shape) if w.codec else w.model.input_shape
   pixels = np.random.default_rng(0).uniform(-1, 1, (images, *shape)).astype(np.float32)

@@ -24,7 +24,7 @@ TITLES = (
   "of peak",
   "compiles",
   "program",
-  "process",
+  "peak",
 )
 
 
@@ -47,6 +47,7 @@ class Row:
   precision: str | None = None  # of its matrix products: which peak it is compared with
   program_bytes: int | None = None  # arguments, results and temporaries of the program on one device
   process_bytes: int | None = None  # the most that the process held at one time during the case
+  device_bytes: int | None = None  # the most that a device has held so far, on accelerators
   details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -126,11 +127,11 @@ def markdown(content: dict[str, Any]) -> str:
     cells = [
       [
         name,
-        f"{found['nfe']:.1f} ({found['nfe_quantiles'][0]:.0f} – {found['nfe_quantiles'][1]:.0f})",
-        f"{found['executed_nfe']:.1f}",
-        f"{found['utilisation']:.2f}",
+        f"{details['nfe']:.1f} ({details['nfe_quantiles'][0]:.0f} – {details['nfe_quantiles'][1]:.0f})",
+        f"{details['executed_nfe']:.1f}",
+        f"{details['utilisation']:.2f}",
       ]
-      for name, found in batching.items()
+      for name, details in batching.items()
     ]
     parts.append(table(titles, cells))
   others = [_other(name, row["details"]) for name, row in rows.items()]
@@ -147,8 +148,8 @@ def _peaks(content: dict[str, Any]) -> str:
   return (
     f"Matrix products in this run: {', '.join(peaks)}. GFLOP are those of one unit on all devices, by formula, with a "
     "star by XLA's count; *of peak* compares them with the matrix products of the same precision. *program* is what "
-    "the compiled program holds on a device, arguments, results and temporaries; *process* the most that the process "
-    "held during the case."
+    "the compiled program holds on a device, arguments, results and temporaries; *peak* the most that the process held "
+    "during the case or, on accelerators, that a device has held so far."
   )
 
 
@@ -164,7 +165,7 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
     f"{100 * row['fraction_of_peak']:.0f} %" if "fraction_of_peak" in row else "",
     _seconds(row["compile_seconds"]) if "compile_seconds" in row else "",
     _bytes(row.get("program_bytes")),
-    _bytes(row.get("process_bytes")),
+    _bytes(row.get("device_bytes", row.get("process_bytes"))),
   ]
 
 
@@ -215,14 +216,14 @@ def check_comparable(path: str, old: dict[str, Any], machine: dict[str, Any], co
   Raises:
     ValueError: naming what differs.
   """
-  found = [
+  differing = [
     f"{name}: {old['machine'].get(name)!r} in the file, {machine[name]!r} here"
     for name in machine_lib.SAME_MACHINE
     if old["machine"].get(name) != machine[name]
   ]
-  found += [f"{name}: {was!r} in the file, {now!r} here" for name, was, now in differences(old["config"], config)]
-  if found:
-    shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+  differing += [f"{name}: {was!r} in the file, {now!r} here" for name, was, now in differences(old["config"], config)]
+  if differing:
+    shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
     raise ValueError(
       f"--compare={path} is of another machine or config ({shown}): measure that one anew, or add --compare_any to "
       "compare all the same"

@@ -109,10 +109,10 @@ def _measured(workspace: Workspace) -> tuple[list[Row], dict[str, str]]:
     if name in skipped:
       log.info("%s: left out, %s", name, skipped[name])
       continue
-    process_bytes = peak[0] if peak else None
+    device_bytes = measure.peak_device_memory(workspace.devices)
     for row in measured:
-      if row.process_bytes is None:
-        row = dataclasses.replace(row, process_bytes=process_bytes)
+      process_bytes = row.process_bytes or (peak[0] if peak else None)
+      row = dataclasses.replace(row, process_bytes=process_bytes, device_bytes=device_bytes)
       rows.append(row)
       log.info("%s", results.line(row))
     elapsed = time.monotonic() - begin

@@ -135,8 +135,8 @@ def test_adaptive_descents_stop_where_they_should(content):
   assert static["nfe"] == continuous["nfe"] == np.rint(200 * shares).mean()
   assert fixed["nfe"] == fixed["executed_nfe"] == 200 and fixed["utilisation"] == 1
   assert static["utilisation"] < 1 and continuous["utilisation"] < 1
-  for found in (static, continuous):
-    assert found["executed_nfe"] * found["utilisation"] == pytest.approx(found["nfe"])
+  for details in (static, continuous):
+    assert details["executed_nfe"] * details["utilisation"] == pytest.approx(details["nfe"])
 
 
 def test_the_table_has_every_row_and_the_machine(finished, content):
