@@ -89,6 +89,7 @@ def document(
     "peaks": peaks,
     "rows": {row.name: _numbers(row, peaks) for row in rows},
     "skipped": skipped,
+    "sweeps": {},
   }
 
 
@@ -137,6 +138,8 @@ def markdown(content: dict[str, Any]) -> str:
   others = [_other(name, row["details"]) for name, row in rows.items()]
   notes = [f"- {name}: {row['about']}{other}" for (name, row), other in zip(rows.items(), others)]
   notes += [f"- {name}: left out, {reason}" for name, reason in content["skipped"].items()]
+  if content["machine"]["compilation_cache"]:
+    notes.append("- compile times: those of reading a cache (JAX_COMPILATION_CACHE_DIR), where it held the program")
   return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
 

@@ -76,6 +76,7 @@ def benchmark(
     results.check_comparable(compare, old, about, results.comparable_config(config))
   workspace = Workspace(config, devices, directory, trained, codec)
   memory = machine.check_memory(config, workspace.state_shapes, workspace.shardings, devices)
+  sweeps.check_points(workspace)
   log.info("benchmark on %s", machine.sentence(about))
   # What compiles longest, and needs most: the compiler knows better than the formula whether it fits.
   machine.refuse("the compiled training step", workspace.program_of_step.bytes, memory["available"])
@@ -86,8 +87,11 @@ def benchmark(
   after = _peaks(config, devices)  # a machine that others use may have been slow at the beginning
   peaks = {name: max(before[name], after[name], key=lambda peak: peak["flops_per_second"]) for name in before}
   content = results.document(config, about, memory, peaks, rows, skipped)
-  content["sweeps"] = sweeps.measure_all(workspace, peaks)
   _write(directory, content)
+  log.info("%s", results.markdown(content))
+  if config.benchmark.sweeps.over:
+    content["sweeps"] = sweeps.measure_all(workspace, peaks)
+    _write(directory, content)
   if old:
     log.info("compared with %s\n%s", compare, results.comparison(old, content))
   return content
@@ -141,12 +145,10 @@ def _peaks(config: ml_collections.ConfigDict, devices: list[jax.Device]) -> dict
 
 def _write(directory: str, content: dict[str, Any]):
   write_json(os.path.join(directory, "benchmark.json"), content)
-  text = results.markdown(content)
   with open(os.path.join(directory, "benchmark.md"), "w", encoding="utf-8") as file:
-    file.write(text)
+    file.write(results.markdown(content))
   for name, sweep in content["sweeps"].items():
     sweeps.picture(name, sweep).save(os.path.join(directory, f"sweep_{name}.png"))
-  log.info("%s", text)
 
 
 def _check_model(config: ml_collections.ConfigDict, trained: Pretrained | None):
@@ -175,4 +177,4 @@ def _check_options(config: ml_collections.ConfigDict):
       raise ValueError(f"benchmark.{name} = {value} must be at least {smallest}")
   if not options.read_seconds > 0:
     raise ValueError(f"benchmark.read_seconds = {options.read_seconds} must be positive")
-  sweeps.check_options(options.sweeps, config)
+  sweeps.check_options(options.sweeps)

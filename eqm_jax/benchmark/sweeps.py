@@ -11,10 +11,11 @@ import jax
 import ml_collections
 from PIL import Image
 
-from eqm_jax.benchmark import network_cases
+from eqm_jax.benchmark import machine, network_cases
 from eqm_jax.benchmark.network_cases import Workspace
 from eqm_jax.benchmark.results import Row
 from eqm_jax.evaluation import pictures
+from eqm_jax.training import sharding
 
 NAMES = ("batch", "tokens", "depth", "samples", "devices")
 LABELS = {
@@ -28,8 +29,8 @@ LABELS = {
 log = logging.getLogger(__name__)
 
 
-def check_options(options: ml_collections.ConfigDict, config: ml_collections.ConfigDict):
-  """Refuses sweeps that cannot be made; `options` is the section benchmark.sweeps.
+def check_options(options: ml_collections.ConfigDict):
+  """Refuses sweeps whose points make no sense; `options` is the section benchmark.sweeps.
 
   Raises:
     ValueError: naming the key and the value.
@@ -44,6 +45,21 @@ def check_options(options: ml_collections.ConfigDict, config: ml_collections.Con
   for tokens in options.tokens:
     if math.isqrt(tokens) ** 2 != tokens:
       raise ValueError(f"benchmark.sweeps.tokens = {tuple(options.tokens)}: {tokens} is no square of a side in patches")
+
+
+def check_points(w: Workspace):
+  """Refuses sweeps with a point that cannot be measured.
+
+  Raises:
+    ValueError: if a batch does not divide over the devices, a model cannot be built, or one does not fit the memory.
+  """
+  for name in w.config.benchmark.sweeps.over:
+    for value, point in _points(name, w).items():
+      try:
+        sharding.batch_sharding(point.mesh, point.config.train.batch_size, point.config.train.accumulate)
+        machine.check_memory(point.config, point.state_shapes, point.shardings, point.devices)
+      except ValueError as error:
+        raise ValueError(f"benchmark.sweeps.{name}, at {value}: {error}") from error
 
 
 def measure_all(w: Workspace, peaks: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -244,6 +244,7 @@ def test_rematerialisation_needs_less_memory(remat):
     ({"sweeps.over": ("width",)}, "names 'width': choose some of batch, tokens"),
     ({"sweeps.tokens": (5,)}, "5 is no square"),
     ({"sweeps.depth": ()}, "benchmark.sweeps.depth"),
+    ({"sweeps.over": ("batch",), "sweeps.batch": (10**9,)}, "benchmark.sweeps.batch, at 1000000000: .*available"),
   ],
 )
 def test_options_out_of_range_are_refused(tmp_path, nothing_runs, changes, message):
