@@ -192,6 +192,26 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       tries=4,  # how often each image is painted; the one with the smallest ‖f‖ is kept
     ),
   )
+  config.benchmark = config_dict.create(  # of --mode=benchmark
+    turns=2 if smoke else 5,  # how often each case is timed; the median counts
+    batch_size=config_dict.placeholder(int),  # samples in flight on each device; None: evaluation.batch_size
+    nfe=25 if smoke else 249,  # budget of the timed descents, in evaluations
+    samples=80 if smoke else 800,  # drawn by each of them; rounded up to whole batches
+    steps=20 if smoke else 200,  # training steps with the data set; 0: none
+    read_seconds=0.2 if smoke else 3.0,  # that the input pipeline is read alone
+    metrics=config_dict.create(  # of random features, as many as an evaluation has
+      samples=100 if smoke else 1797,  # 0: none
+      real=100 if smoke else 1797,
+      size=64,  # numbers of a feature
+    ),
+    sweeps=config_dict.create(
+      over=(),  # some of "batch", "tokens", "depth", "samples", "devices"; (): none
+      batch=(8, 32, 128, 512),  # sizes, of the training step and of the samples in flight
+      tokens=(4, 16, 64, 256),  # of a sample: squares
+      depth=(1, 2, 4, 8),  # blocks
+      samples=(200, 800, 3200),  # drawn
+    ),
+  )
   return config
 
 

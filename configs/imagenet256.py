@@ -237,6 +237,26 @@ def get_config(variant: str = "XL/2") -> ml_collections.ConfigDict:
       tries=4,  # how often each image is painted; the one with the smallest ‖f‖ is kept
     ),
   )
+  config.benchmark = config_dict.create(  # of --mode=benchmark
+    turns=5,  # how often each case is timed; the median counts
+    batch_size=config_dict.placeholder(int),  # samples in flight on each device; None: evaluation.batch_size
+    nfe=249,  # budget of the timed descents, in evaluations
+    samples=512,  # drawn by each of them; rounded up to whole batches
+    steps=40,  # training steps with the data set; 0: none
+    read_seconds=3.0,  # that the input pipeline is read alone
+    metrics=config_dict.create(  # of random features, as many as an evaluation has
+      samples=10_000,  # 0: none
+      real=10_000,
+      size=2048,  # numbers of a feature; at 50,000 × 2,048 all metrics take four minutes on two CPU cores
+    ),
+    sweeps=config_dict.create(
+      over=(),  # some of "batch", "tokens", "depth", "samples", "devices"; (): none
+      batch=(8, 32, 128, 512),  # sizes, of the training step and of the samples in flight
+      tokens=(64, 256, 1024),  # of a sample: squares
+      depth=(1, 4, 12),  # blocks
+      samples=(64, 256, 1024),  # drawn
+    ),
+  )
   return config
 
 

@@ -180,6 +180,26 @@ def get_config(variant: str = "two_moons") -> ml_collections.ConfigDict:
       tries=1,  # how often each point is painted; the one with the smallest ‖f‖ is kept
     ),
   )
+  config.benchmark = config_dict.create(  # of --mode=benchmark
+    turns=5,  # how often each case is timed; the median counts
+    batch_size=config_dict.placeholder(int),  # samples in flight on each device; None: evaluation.batch_size
+    nfe=249,  # budget of the timed descents, in evaluations
+    samples=2000,  # drawn by each of them; rounded up to whole batches
+    steps=200,  # training steps with the data set; 0: none
+    read_seconds=3.0,  # that the input pipeline is read alone
+    metrics=config_dict.create(  # of random features, as many as an evaluation has
+      samples=2000,  # 0: none
+      real=2000,
+      size=2,  # numbers of a feature
+    ),
+    sweeps=config_dict.create(
+      over=(),  # some of "batch", "tokens", "depth", "samples", "devices"; (): none
+      batch=(64, 256, 1024),  # sizes, of the training step and of the samples in flight
+      tokens=(1, 4, 16),  # of a sample: squares
+      depth=(1, 2, 4, 8),  # blocks
+      samples=(500, 2000, 8000),  # drawn
+    ),
+  )
   return config
 
 

@@ -15,6 +15,8 @@ MODES = "prepare train evaluate statistics sample denoise ood compose inpaint re
 MODE = flags.DEFINE_enum("mode", "train", MODES, "train: to the end, then evaluate. report: trains its own models.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slices of --mode=plan: v5e:4x4, v4-32, or several with commas.")
 SEARCH = flags.DEFINE_boolean("search", False, "Of --mode=plan: look for cheaper settings even if the given ones fit.")
+COMPARE = flags.DEFINE_string("compare", None, "Of --mode=benchmark: an earlier benchmark.json; prints the ratios.")
+COMPARE_ANY = flags.DEFINE_boolean("compare_any", False, "Compare also with one of another config or machine.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Model to use if not the workdir's: anything eqm_jax.load reads.")
 ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first process, where no machine tells it.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run, with --coordinator_address.")
@@ -37,12 +39,11 @@ def main(argv: list[str]):
     topology.on_any_machine()
   with contextlib.nullcontext() if alone else devices.joined(*told, saves=MODE.value == "train"):
     log.setLevel(logging.WARNING if devices.process()[0] else logging.INFO)  # what is the same is told once
-    workdir = os.path.abspath(WORKDIR.value)
-    programs.run(MODE.value, CONFIG.value, workdir, CHECKPOINT.value, TOPOLOGY.value, SEARCH.value)
+    options = {flag.name: flag.value for flag in (TOPOLOGY, SEARCH, COMPARE, COMPARE_ANY)}
+    programs.run(MODE.value, CONFIG.value, os.path.abspath(WORKDIR.value), CHECKPOINT.value, **options)
 
 
-def _log_to_stderr():
-  """Our own lines; the libraries' (through absl) from WARNING on."""
+def _log_to_stderr():  # our own lines; the libraries' (through absl) from WARNING on
   absl.logging.set_verbosity(absl.logging.WARNING)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

@@ -7,6 +7,7 @@ import os
 import ml_collections
 
 from eqm_jax import devices
+from eqm_jax.benchmark import suite
 from eqm_jax.data import sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.samples import Source
@@ -15,7 +16,8 @@ from eqm_jax.networks.dit import DiT
 from eqm_jax.plan import plan
 from eqm_jax.report import report
 from eqm_jax.tasks import compose, denoise, inpaint, inputs, ood
-from eqm_jax.training import benchmark, checks, prepare, pretrained, quality, state, train
+from eqm_jax.training import checkpoint as checkpoints
+from eqm_jax.training import checks, prepare, pretrained, quality, state, train
 
 log = logging.getLogger(__name__)
 
@@ -29,18 +31,22 @@ def run(
   checkpoint: str | None,
   topology: str | None = None,
   search: bool = False,
+  compare: str | None = None,
+  compare_any: bool = False,
 ):
   """Runs one mode.
 
   Args:
     mode: "prepare" (encode images into a cache of latents), "train" (prepare, if that is to do, and
       evaluate at the end), "evaluate", "statistics" (of the real images, for it), "sample", a task ("denoise", "ood",
-      "compose", "inpaint"), "report", "benchmark" (of the data and the training step), or "plan" (of TPU slices).
+      "compose", "inpaint"), "report", "benchmark" (how fast everything is), or "plan" (of TPU slices).
     config: of configs/.
     workdir: of the run.
     checkpoint: the model to use, if not the workdir's; "train" and "report" make theirs.
     topology: the slices of "plan", with commas between them.
     search: whether "plan" looks for cheaper settings even where those of the config fit.
+    compare: an earlier benchmark.json that "benchmark" compares with.
+    compare_any: whether that may be of another config or machine.
 
   Raises:
     ValueError: before any work, for what does not fit.
@@ -57,13 +63,17 @@ def run(
     "compose": _compose,
     "inpaint": _inpaint,
     "report": _report,
-    "benchmark": _benchmark,
+    "benchmark": functools.partial(_benchmark, compare=compare, compare_any=compare_any),
     "plan": functools.partial(_plan, topology=topology, search=search),
   }
   if mode in ALONE and devices.process()[1] > 1:
     raise ValueError(f"--mode={mode} runs in one process, not in {devices.process()[1]}")
   if (topology or search) and mode != "plan":
     raise ValueError(f"--topology and --search are for --mode=plan, not for --mode={mode}")
+  if (compare or compare_any) and mode != "benchmark":
+    raise ValueError(f"--compare and --compare_any are for --mode=benchmark, not for --mode={mode}")
+  if compare_any and not compare:
+    raise ValueError("--compare_any: give the file to compare with, --compare=benchmark.json")
   modes[mode](config, workdir, checkpoint)
 
 
@@ -201,14 +211,13 @@ def _report(config, workdir, checkpoint):
   report.report(config, workdir)
 
 
-def _benchmark(config, workdir, checkpoint):
-  if checkpoint:
-    raise ValueError(f"--checkpoint={checkpoint}: a benchmark trains anew")
-  if "prepare" in config:
-    prepare.prepare(config)
+def _benchmark(config, workdir, checkpoint, compare, compare_any):
   directory = os.path.join(workdir, "benchmark")
-  benchmark.benchmark(config, pretrained.open_codec(config.autoencoder), directory)
-  log.info("figures: %s", directory)
+  has_model = checkpoint or checkpoints.steps(workdir)
+  trained = _load(config, workdir, checkpoint, config.evaluation.weights) if has_model else None
+  codec = pretrained.open_codec(config.autoencoder) if os.path.exists(config.autoencoder.path) else None
+  suite.benchmark(config, directory, codec, trained, compare, compare_any)
+  log.info("numbers and pictures: %s", directory)
 
 
 def _plan(config, workdir, checkpoint, topology, search):

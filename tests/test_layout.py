@@ -16,6 +16,7 @@ ORDER = [
   "programs",
   "report",
   "plan",
+  "benchmark",
   "training",
   "tasks",
   "evaluation",

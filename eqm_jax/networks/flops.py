@@ -24,3 +24,11 @@ def training(model: DiT) -> int:
   takes once what the energy does.
   """
   return 3 * forward(model) * (1 if model.energy == "none" else 2)
+
+
+def evaluation(model: DiT, guided: bool = False) -> int:
+  """Operations of one evaluation of the field for one sample: of an energy, its gradient in the sample.
+
+  A guided evaluation is two: with the label and without, in one batch.
+  """
+  return forward(model) * (1 if model.energy == "none" else 2) * (2 if guided else 1)

@@ -160,7 +160,7 @@ def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
     shared_by=1,
     units=row.max_evaluations if samplers.is_descent(row) else 1,
     evaluations=row.max_evaluations,
-    operations=slots * passes * roofline.evaluation(model),
+    operations=slots * passes * flops.evaluation(model),
     again=0,
     fixed_hbm=parameters * jnp.dtype(model.dtype).itemsize,
     arguments={"parameters": 4 * parameters},

@@ -82,8 +82,3 @@ def done_again(model: DiT) -> int:
   attention = 4 * T * T * model.width
   again = {"none": 0, "dots": 0, "dots_no_batch": attention, "full": block}[model.remat]
   return model.depth * again * (1 if model.energy == "none" else 2)
-
-
-def evaluation(model: DiT) -> int:
-  """Operations of one evaluation of the field for one sample: of an energy, its gradient in the sample."""
-  return flops.forward(model) * (1 if model.energy == "none" else 2)

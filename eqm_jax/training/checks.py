@@ -21,6 +21,7 @@ FREE = (
   "autoencoder.name.",
   "autoencoder.path.",
   "autoencoder.sha256.",
+  "benchmark.",
   "checkpoint.",
   "data.options.path.",
   "data.options.verify.",

@@ -198,7 +198,7 @@ def test_a_plan_is_written_as_numbers_tables_and_pictures(written):
   assert (training["mesh"], training["images_per_chip"]) == ({"data": 1, "fsdp": 8, "tensor": 1}, 8)
   assert sampling["images_per_chip"] == 8 and sampling["evaluations_per_image"] == 249
   model = DiT(**config.model)
-  assert sampling["flops"] == 8 * roofline.evaluation(model)
+  assert sampling["flops"] == 8 * flops.evaluation(model)
   assert sampling["argument_bytes"]["parameters"] == sum(4 * p.size for p in jax.tree.leaves(parameter_shapes(model)))
   rate = sampling["images_per_second_per_chip"]
   assert rate == pytest.approx(8 / (249 * sampling["bound_seconds"]))

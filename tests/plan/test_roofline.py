@@ -65,4 +65,4 @@ def test_what_is_done_again_is_what_the_compiler_counts_more(remat):
 
 def test_an_evaluation_of_an_energy_is_its_gradient():
   options = dict(input_size=8, channels=4, patch_size=2, width=16, depth=1, num_heads=2, num_classes=7)
-  assert roofline.evaluation(DiT(**options, energy="dot")) == 2 * roofline.evaluation(DiT(**options))
+  assert flops.evaluation(DiT(**options, energy="dot")) == 2 * flops.evaluation(DiT(**options))

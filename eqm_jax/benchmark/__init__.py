@@ -1,0 +1,1 @@
+"""How fast everything is: the measurements of --mode=benchmark."""

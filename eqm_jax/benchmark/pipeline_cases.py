@@ -1,0 +1,283 @@
+"""Cases around the network: reading data, training with it, checkpoints, decoder, features and metrics."""
+
+import functools
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqm_jax.benchmark import measure
+from eqm_jax.benchmark.network_cases import NotApplicable, Workspace
+from eqm_jax.benchmark.results import Row, make_row
+from eqm_jax.convert import inception as convert_inception
+from eqm_jax.data import codec as codec_lib
+from eqm_jax.data import latents, pipeline, sources
+from eqm_jax.data.samples import Source
+from eqm_jax.evaluation import distances, fitting, scores
+from eqm_jax.evaluation.moments import Moments
+from eqm_jax.networks import autoencoder, inception
+from eqm_jax.networks.classifier import Classifier
+from eqm_jax.training import checkpoint, sharding
+from eqm_jax.training import step as step_lib
+
+READ_BATCH = 256  # of the reader alone, whatever the config trains with
+LOGITS = 1008  # classes of Inception, for the inception score
+
+
+def reading(w: Workspace) -> list[Row]:
+  """The input pipeline alone, as fast as it delivers."""
+  source = _source(w)
+  data = _batches(w, source, READ_BATCH)
+  next(data)
+
+  def read() -> int:
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < w.config.benchmark.read_seconds / w.turns:
+      next(data)
+      count += 1
+    return count
+
+  turns = []
+  for _ in range(w.turns):
+    begin = time.perf_counter()
+    batches = read()
+    turns.append((time.perf_counter() - begin) / batches)
+  data.close()
+  timing = measure.Timing(tuple(turns), 1)
+  about = f"{w.config.data.source}, {len(source)} samples, {w.config.data.threads} threads, batches of {READ_BATCH}"
+  return [make_row("reading data", about, "batch", timing, images=READ_BATCH)]
+
+
+def training_loop(w: Workspace) -> list[Row]:
+  """Training steps with the data of the config, read and placed while the devices work."""
+  source = _source(w)
+  encodes = w.codec is not None and source.autoencoder is None
+  if not encodes and source.shape != w.model.input_shape:
+    raise NotApplicable(f"data.source gives samples of shape {source.shape}, the model takes {w.model.input_shape}")
+  about = w.config.data.source + (", encoded in each step" if encodes else "")
+  return [_training_loop(w, "training with data", about, source, encodes)]
+
+
+def online_training_loop(w: Workspace) -> list[Row]:
+  """The same from the images that the cache was made of, encoded in each step."""
+  if "prepare" not in w.config:
+    raise NotApplicable("the config has no section `prepare`")
+  if w.codec is None:
+    raise NotApplicable(f"no autoencoder at autoencoder.path = {w.config.autoencoder.path!r}")
+  options = w.config.prepare
+  source = _opened(options.source, {**options.options})
+  return [_training_loop(w, "training, encoding online", f"{options.source}, encoded in each step", source, True)]
+
+
+def _training_loop(w: Workspace, name: str, about: str, source: Source, encodes: bool) -> Row:
+  if w.config.benchmark.steps < 1:
+    raise NotApplicable("benchmark.steps = 0")
+  size = w.config.train.batch_size
+  placed = sharding.batch_sharding(w.mesh, size, w.config.train.accumulate)
+  data = _batches(w, source, size, place=lambda batch: jax.device_put(batch, placed))
+  encoder_params = jax.device_put(jax.device_get(w.codec.params), sharding.replicated(w.mesh)) if encodes else None
+  state, batch = w.init_state(), next(data)
+  program = w.program_of_step
+  if encodes:
+    module = w.codec.module
+    step = step_lib.make_step(w.config, w.model, w.optimizer, w.mesh, w.shardings, module)
+    program = measure.compile_program(step, state, batch, encoder_params)
+  state, metrics = program.call(state, batch, encoder_params)
+  jax.block_until_ready(metrics)
+
+  waits, turns, steps = 0.0, [], max(1, w.config.benchmark.steps // w.turns)
+  for _ in range(w.turns):
+    begin = time.perf_counter()
+    for _ in range(steps):
+      asked = time.perf_counter()
+      batch = next(data)
+      waits += time.perf_counter() - asked
+      previous, (state, metrics) = metrics, program.call(state, batch, encoder_params)
+      jax.device_get(previous)  # as training does, a step late
+    jax.block_until_ready(metrics)
+    turns.append((time.perf_counter() - begin) / steps)
+  data.close()
+  timing = measure.Timing(tuple(turns), steps)
+  details = {"data_wait": waits / (steps * sum(turns))}
+  about = f"{about}, batches of {size}"
+  return make_row(name, about, "step", timing, program if encodes else None, images=size, details=details)
+
+
+def checkpoint_save(w: Workspace) -> list[Row]:
+  """Saving the training state: until training may go on, and until it is on disk."""
+  state, position = w.init_state(), _Position()
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  blocking, total = [], []
+  with tempfile.TemporaryDirectory(dir=w.directory) as directory:
+    manager = checkpoint.open_manager(directory, keep=1)
+    with checkpoint.finishing(manager):
+      for step in range(1, min(w.turns, 3) + 2):
+        begin = time.perf_counter()
+        checkpoint.save(manager, step, state, position)
+        blocked = time.perf_counter() - begin
+        manager.wait_until_finished()
+        if step > 1:  # the first compiles the checksums
+          blocking.append(blocked)
+          total.append(time.perf_counter() - begin)
+  about = f"{size / 2**20:.1f} MiB of parameters, average and optimizer, with checksums"
+  rows = []
+  for name, turns in (("checkpoint save, blocking", blocking), ("checkpoint save, total", total)):
+    timing = measure.Timing(tuple(turns), 1)
+    details = {"bytes": size, "bytes_per_second": size / timing.median}
+    rows.append(make_row(name, about, "save", timing, details=details))
+  return rows
+
+
+class _Position:
+  """Stands for the data iterator, whose position a checkpoint keeps."""
+
+  def get_state(self) -> dict[str, int]:
+    return {"position": 0}
+
+
+def decoder(w: Workspace) -> list[Row]:
+  """Latents to images."""
+  if not w.config.autoencoder.path:
+    raise NotApplicable("the samples are pixels: nothing is decoded")
+  if w.codec:
+    module, params, weights = w.codec.module, w.codec.params, w.config.autoencoder.path
+  else:
+    module = autoencoder.Autoencoder(dtype=w.config.autoencoder.dtype)
+    params, weights = random_params(autoencoder.parameter_shapes(module)), "random weights of the published size"
+  images = w.config.autoencoder.batch_size * len(w.devices)
+  latent = w.spread(jax.random.normal(jax.random.key(0), (images, *w.model.input_shape)))
+  function = functools.partial(codec_lib.decode_batch, module)
+  about = f"{images} latents at a time, {weights}"
+  return [_images_row(w, "decoder", about, function, w.replicated(params), latent, w.config.autoencoder.dtype)]
+
+
+def inception_features(w: Workspace) -> list[Row]:
+  """Inception's features of images, as an FID takes them."""
+  options = w.config.evaluation
+  if "inception" not in options.features:
+    raise NotApplicable("evaluation.features does not name 'inception'")
+  published = os.path.isfile(options.inception.path)
+  params = convert_inception.load(options.inception.path) if published else random_params(inception.parameter_shapes())
+  images = options.inception.batch_size * len(w.devices)
+  pixels = np.random.default_rng(0).integers(0, 256, (images, 256, 256, 3), dtype=np.uint8)
+  weights = options.inception.path if published else "random weights of the published shapes"
+  about = f"{images} images of 256×256 at a time, {weights}"
+
+  def extract(params, images):
+    return inception.features(params, images, options.inception.resize)
+
+  arguments = w.replicated(params), w.spread(pixels)
+  return [_images_row(w, "Inception features", about, extract, *arguments, "float32 exact")]
+
+
+def classifier_features(w: Workspace) -> list[Row]:
+  """Features of the small classifier, and its fit, which an evaluation begins with."""
+  if "classifier" not in w.config.evaluation.features:
+    raise NotApplicable("evaluation.features does not name 'classifier'")
+  if w.model.num_classes < 2:
+    raise NotApplicable("the data has fewer than two classes")
+  module, images = Classifier(w.model.num_classes), fitting.BATCH * len(w.devices)
+  shape = w.codec.image_shape(w.model.input_shape) if w.codec else w.model.input_shape
+  pixels = np.random.default_rng(0).uniform(-1, 1, (images, *shape)).astype(np.float32)
+  params = jax.jit(module.init)(jax.random.key(0), jnp.asarray(pixels[:1]))["params"]
+
+  def extract(params, images):
+    return module.apply({"params": params}, images)
+
+  about = f"{images} images at a time, random weights"
+  arguments = w.replicated(params), w.spread(pixels)
+  return [_images_row(w, "classifier features", about, extract, *arguments, "float32 exact")]
+
+
+def metrics(w: Workspace) -> list[Row]:
+  """What an evaluation computes of features: random ones, with variances that differ as those of images do."""
+  options = w.config.benchmark.metrics
+  if options.samples < 10:
+    raise NotApplicable(f"benchmark.metrics.samples = {options.samples}")
+  rng = np.random.default_rng(0)
+
+  def features(count: int, size: int) -> np.ndarray:
+    return rng.standard_normal((count, size), dtype=np.float32) * np.linspace(0.1, 2, size, dtype=np.float32)
+
+  samples, real = features(options.samples, options.size), features(options.real, options.size)
+  logits = features(options.samples, LOGITS)
+  gaussian = Moments.of(real).gaussian
+  cases = {
+    "mean and covariance": lambda: Moments.of(samples),
+    "Fréchet distance": lambda: distances.frechet_of_gaussians(gaussian, gaussian),
+    "Fréchet distance with its jackknife": lambda: scores.frechet_with_error(samples, gaussian),
+    "kernel distance": lambda: distances.kernel_distance(samples, real),
+    "precision and recall": lambda: distances.precision_recall(samples, real),
+    "inception score": lambda: distances.inception_score(logits),
+  }
+  about = f"{options.samples} × {options.size} features, {options.real} real ones"
+  rows = []
+  for name, function in cases.items():
+    with measure.peak_process_memory() as peak:
+      # numpy needs no warm-up; what precision and recall compile is a small part of their time
+      timing, _ = measure.timed(function, turns=1, warm_up=False)
+    process_bytes = peak[0] if peak else None
+    rows.append(make_row(f"metrics: {name}", about, "evaluation", timing, process_bytes=process_bytes))
+  return rows
+
+
+def _images_row(
+  w: Workspace, name: str, about: str, function: Callable, params: Any, images: Any, precision: str
+) -> Row:
+  """The row of a convolutional network, whose operations XLA counts: it has no loop that would be counted once."""
+  program = measure.compile_program(function, params, images)
+  machine_flops = jax.jit(function).lower(params, images).cost_analysis()
+  timing, _ = measure.timed(program.call, params, images, turns=w.turns)
+  work = {"flops": machine_flops["flops"], "flops_by": "compiler"} if machine_flops else {}
+  return make_row(name, about, "batch", timing, program, images=len(images), precision=precision, **work)
+
+
+def random_params(shapes: Any) -> Any:
+  """Parameters of these shapes, of a scale that keeps activations from vanishing: speed depends on nothing else."""
+
+  def make(path, leaf) -> np.ndarray:
+    if path[-1].key == "scale":
+      return np.ones(leaf.shape, leaf.dtype)
+    if leaf.ndim < 2:
+      return np.zeros(leaf.shape, leaf.dtype)
+    deviation = math.sqrt(2 / math.prod(leaf.shape[:-1]))
+    return deviation * np.random.default_rng(0).standard_normal(leaf.shape, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+def _source(w: Workspace) -> Source:
+  """The data set of the config.
+
+  Raises:
+    NotApplicable: if it is not at hand. A cache of latents is not made here, which may take hours.
+  """
+  options = w.config.data
+  if options.source == "latents" and not latents.is_finished(options.options.path):
+    raise NotApplicable(f"no finished cache in data.options.path = {options.options.path!r}: --mode=prepare makes it")
+  return _opened(options.source, {**options.options})
+
+
+def _opened(name: str, options: dict[str, Any]) -> Source:
+  try:
+    return sources.open_source(name, options)
+  except (ValueError, OSError, ImportError) as error:
+    raise NotApplicable(f"the data set is not at hand: {error}") from error
+
+
+def _batches(w: Workspace, source: Source, batch_size: int, place: Callable | None = None):
+  return pipeline.batches(
+    source,
+    batch_size=batch_size,
+    seed=w.config.seed,
+    flip=w.config.data.flip,
+    threads=w.config.data.threads,
+    workers=w.config.data.workers,
+    place=place,
+  )
