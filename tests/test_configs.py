@@ -154,8 +154,8 @@ TASKS = ("denoise", "ood", "compose", "inpaint")
 @pytest.mark.parametrize(
   "small, modes",
   [
-    pytest.param(small_photographs, ("denoise", "inpaint"), id="photographs"),
-    pytest.param(small_digits, TASKS, id="digits", marks=pytest.mark.slow),
+    pytest.param(small_photographs, ("denoise", "inpaint"), id="photographs", marks=pytest.mark.slow),
+    pytest.param(small_digits, TASKS, id="digits"),
     pytest.param(small_imagenet, (), id="imagenet256", marks=pytest.mark.slow),
     pytest.param(small_cifar10, (), id="cifar10", marks=pytest.mark.slow),
   ],

@@ -54,7 +54,7 @@ def test_real_samples_are_at_no_distance_from_themselves(
       yield number, samplers.Drawn(sampler.Result(images, zeros + 1, zeros, zeros, zeros), 1.0, len(index))
 
   monkeypatch.setattr(samplers, "draw_units", real_ones)
-  tiny_config.evaluation.update(samples=1700, unit=300)
+  tiny_config.evaluation.update(samples=1700, unit=300, rows=("gd",), pictured="none")
   report = run(tiny_config, *model_and_params, batching, tmp_path)
   for row in report["rows"].values():
     scores = row["scores"]["raw"]

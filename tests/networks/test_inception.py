@@ -123,6 +123,7 @@ json.dump({"places": places, "found": {name: array.tolist() for name, array in f
 """
 
 
+@pytest.mark.slow  # compiles the network for two devices
 def test_images_may_lie_on_several_devices():
   environment = {
     "PATH": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",

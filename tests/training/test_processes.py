@@ -161,6 +161,7 @@ def test_when_a_process_dies_the_others_stop_with_a_message(tmp_path, killed):
   assert "one of them ended" in output[1 - killed] or "JAX distributed service" in output[1 - killed], output
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all(tmp_path):
   """Only the first claims the workdir; the others hear of it as of a death."""
   with claimed(str(tmp_path)):
@@ -245,7 +246,7 @@ def check_epochs(seen: list[list[int]], copies: int = 1):
   "count, local, mesh, copies",
   [
     pytest.param(2, 2, ((-1, 1, 1), [0, 2, 1, 3]), 1, id="two, interleaved"),
-    pytest.param(2, 1, ((1, 1, 2), []), 2, id="two, tensor across them"),
+    pytest.param(2, 1, ((1, 1, 2), []), 2, id="two, tensor across them", marks=pytest.mark.slow),
     pytest.param(2, 1, ((-1, 1, 1), []), 1, id="two", marks=pytest.mark.slow),
     pytest.param(4, 1, ((2, 2, 1), [3, 0, 2, 1]), 1, id="four, in disorder", marks=pytest.mark.slow),
     pytest.param(4, 2, ((2, 1, 4), [0, 4, 1, 5, 2, 6, 3, 7]), 2, id="four, tensor across them", marks=pytest.mark.slow),
