@@ -131,6 +131,12 @@ def final_state(workdir: pathlib.Path) -> dict[str, bytes]:
   return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
 
 
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+  """For a process with so many pretended devices that imports the package and what lies beside this file."""
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **more}
+
+
 def free_port() -> int:
   """Of this machine, for processes that are to find each other."""
   with socket.socket() as free:

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -7,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 
 from eqm_jax.equilibrium.sampler import BUDGET, CONVERGED, DIVERGED, descend, start_noise
 from eqm_jax.equilibrium.streaming import descend_stream
@@ -157,12 +156,9 @@ json.dump(out, sys.stdout)
 
 
 def test_every_device_runs_a_queue_of_its_own_and_the_samples_are_the_same():
-  environment = {
-    "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'equilibrium'}", "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-  }  # fmt: skip
+  env = environment(8, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'equilibrium'}")
   command = [sys.executable, "-c", PROGRAM]
-  finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+  finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
   assert finished.returncode == 0, finished.stderr
   output = json.loads(finished.stdout)
   assert output["devices"] == 8 and output["collectives"] == 0

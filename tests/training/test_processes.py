@@ -1,7 +1,6 @@
 """Runs of several real processes of one machine, which find each other on a port of it."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, free_port, load_config
+from conftest import ROOT, environment, free_port, load_config
 
 from eqm_jax import devices, programs
 from eqm_jax.files import claimed
@@ -21,12 +20,6 @@ RUN = {
   "model.width": 16, "model.depth": 1, "model.num_heads": 2, "train.batch_size": 8, "train.log_every": 1,
   "checkpoint.every": 5, "evaluation.samples": 0,
 }  # fmt: skip
-
-
-def environment(devices: int = 1, **more: str) -> dict[str, str]:
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-  path = f"{ROOT}:{ROOT / 'tests'}"
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path, **more}
 
 
 def start(workdir, count: int, devices: int = 1, **changes) -> list[subprocess.Popen]:
