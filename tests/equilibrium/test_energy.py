@@ -30,7 +30,9 @@ def params_of(model: DiT, scale: float = 0.3):
   return tree.unflatten([leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
 
 
-@pytest.fixture(scope="module", params=["dot", "l2", "scalar"])
+@pytest.fixture(
+  scope="module", params=["dot", *(pytest.param(form, marks=pytest.mark.slow) for form in ("l2", "scalar"))]
+)
 def landscape(request):
   model = model_of(request.param)
   return model, params_of(model), jax.random.normal(jax.random.key(2), (3, 4, 4, 2))

@@ -23,7 +23,7 @@ def timed_decay(x, rate_B, gamma_B):
 EXACT = X0 * jnp.exp(-RATES)[:, None]
 
 
-@pytest.mark.parametrize("steps", [7, 100])
+@pytest.mark.parametrize("steps", [7, pytest.param(100, marks=pytest.mark.slow)])
 def test_euler_is_gradient_descent_with_the_step_as_its_size(steps):
   result = integrate(decay, X0, RATES, solver="euler", steps=steps)
   descended = descend(lambda x: decay(x, RATES), X0, step_size=1 / steps, rule="gd", max_evaluations=steps)
@@ -32,7 +32,7 @@ def test_euler_is_gradient_descent_with_the_step_as_its_size(steps):
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
-@pytest.mark.parametrize("field_fn, timed", [(decay, False), (timed_decay, True)])
+@pytest.mark.parametrize("field_fn, timed", [pytest.param(decay, False, marks=pytest.mark.slow), (timed_decay, True)])
 def test_fixed_steps_converge_with_their_order(solver, order, field_fn, timed):
   def error(steps):
     result = integrate(field_fn, X0, RATES, solver=solver, steps=steps, timed=timed)
@@ -43,7 +43,7 @@ def test_fixed_steps_converge_with_their_order(solver, order, field_fn, timed):
     assert 0.8 * 2**order < error(40) / error(80) < 1.3 * 2**order
 
 
-@pytest.mark.parametrize("solver", ["heun", "tsit5", "dopri5"])
+@pytest.mark.parametrize("solver", ["heun", pytest.param("tsit5", marks=pytest.mark.slow), "dopri5"])
 def test_step_control_meets_its_tolerance_with_more_work_where_it_is_needed(solver):
   loose, tight = (integrate(decay, X0, RATES, solver=solver, rtol=tol, atol=tol) for tol in (1e-2, 1e-5))
   np.testing.assert_allclose(tight.x, EXACT, atol=2e-4)

@@ -22,13 +22,15 @@ def bowls(x, label_S):
 
 
 OPTIONS = dict(step_size=0.02, max_evaluations=300, threshold=0.3)
-RULES = [
-  dict(rule="gd"), dict(rule="nag", momentum=0.3), dict(rule="nesterov", momentum=0.5), dict(rule="adam"),
-  dict(rule="lbfgs"), dict(rule="langevin", temperature=1e-3),
-]  # fmt: skip
+RULES = [dict(rule="nag", momentum=0.3), dict(rule="lbfgs"), dict(rule="langevin", temperature=1e-3)]
+MORE_RULES = [dict(rule="gd"), dict(rule="nesterov", momentum=0.5), dict(rule="adam")]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["rule"])
+@pytest.mark.parametrize(
+  "rule",
+  [*RULES, *(pytest.param(rule, marks=pytest.mark.slow) for rule in MORE_RULES)],
+  ids=lambda rule: rule["rule"],
+)
 def test_results_are_those_of_descend_whatever_the_slots(rule):
   with jax.enable_x64(True):
     noise = start_noise(KEY, np.arange(N), (5,), jnp.float64)

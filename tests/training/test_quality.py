@@ -75,6 +75,7 @@ def test_scores_that_were_found_in_another_way_are_left_out(config, tmp_path, mo
   assert json.loads((tmp_path / "best.json").read_text())["best"] == {"step": 6, "frechet": 4.0}
 
 
+@pytest.mark.slow
 def test_the_scores_do_not_touch_the_training(config, tmp_path, monkeypatch):
   start(config, tmp_path / "watched", [5.0, 2.0, 4.0, 3.0], monkeypatch)
   config.evaluation.during_training.every = 0

@@ -118,7 +118,9 @@ def test_latents_are_drawn_anew_from_their_posterior():
   assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("changes", [{"optimizer.learning_rate": 1e18}, {"optimizer.eps": 0.0}])
+@pytest.mark.parametrize(
+  "changes", [{"optimizer.learning_rate": 1e18}, pytest.param({"optimizer.eps": 0.0}, marks=pytest.mark.slow)]
+)
 def test_what_is_not_finite_stops_with_the_step_and_never_gets_into_a_checkpoint(tiny_config, tmp_path, changes):
   """A rate that is too high, and a division by zero that spoils the parameters while the loss is still finite."""
   tiny_config.update_from_flattened_dict(
