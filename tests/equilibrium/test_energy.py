@@ -24,10 +24,15 @@ def model_of(form: str, **changes) -> DiT:
 def params_of(model: DiT, scale: float = 0.3):
   """Parameters away from the start, where the last layers are zero."""
   plain = model.clone(attention="xla")
-  params = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), jnp.zeros(1, jnp.int32))["params"]
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return tree.unflatten([leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
+
+  @jax.jit
+  def start():
+    params = plain.init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), jnp.zeros(1, jnp.int32))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([leaf + scale * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)])
+
+  return start()
 
 
 @pytest.fixture(

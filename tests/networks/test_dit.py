@@ -36,11 +36,16 @@ def published(name: str, **overrides) -> DiT:
 def initialised(**overrides):
   model = DiT(**{**TINY, **overrides})
   gamma = (jnp.zeros(2),) if model.time_input else ()
-  params = jax.jit(model.init)(jax.random.key(0), X, LABELS, *gamma)["params"]
-  # At the start the blocks are the identity and the answer is zero: noise makes every parameter count.
-  keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
-  keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-  return model, jax.tree.map(lambda p, key: p + 0.05 * jax.random.normal(key, p.shape), params, keys)
+
+  @jax.jit
+  def start():
+    params = model.init(jax.random.key(0), X, LABELS, *gamma)["params"]
+    # At the start the blocks are the identity and the answer is zero: noise makes every parameter count.
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    return jax.tree.map(lambda p, key: p + 0.05 * jax.random.normal(key, p.shape), params, keys)
+
+  return model, start()
 
 
 @pytest.mark.parametrize("name, expected", PUBLISHED.items())
