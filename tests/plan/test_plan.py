@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, load_config
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
-from plans import open_slice, small
+from plans import flags_that_libtpu_knows, open_slice, small  # noqa: F401
 
 from eqm_jax.networks import flops
 from eqm_jax.networks.dit import DiT, parameter_shapes
