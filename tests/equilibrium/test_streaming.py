@@ -161,6 +161,7 @@ json.dump(out, sys.stdout)
 """
 
 
+@pytest.mark.slow  # an evaluation on eight devices is streamed too
 def test_every_device_runs_a_queue_of_its_own_and_the_samples_are_the_same():
   env = environment(8, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'equilibrium'}")
   command = [sys.executable, "-c", PROGRAM]
