@@ -42,8 +42,6 @@ setuptools.setup(
   ],
   extras_require={
     "test": [
-      "chex",
-      "hypothesis",
       LIBTPU,
       "mlxtend",
       "pytest",

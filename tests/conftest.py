@@ -1,16 +1,34 @@
 """Shared fixtures: configs by name, the authors' numbers, and a model small enough to compile often."""
 
+import atexit
 import io
 import os
 import pathlib
 import pickle
 import runpy
+import shutil
 import socket
 import struct
+import tempfile
 
-# Tests compile much and run little: without LLVM's optimisations they take two thirds of the time. Inherited by the
-# processes that tests start; set before jax is imported.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Tests compile much and run little. Without optimisations, and without the kernels of XLA's fusion emitters, they
+# take a third of the time. Inherited by the processes that tests start; set before jax is imported.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_llvm_disable_expensive_passes=true",
+  ]
+)
+
+# What one of these processes has compiled, the others read. The cache is of this run of the tests alone, so nothing in
+# it is stale.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_of_tests_")
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # libtpu, with which plans are made, would be looked to for a TPU by every process that starts, and complain.
 if not any(any(pathlib.Path("/dev").glob(device)) for device in ("accel*", "vfio/*", "nvidia0")):
@@ -111,6 +129,12 @@ def final_state(workdir: pathlib.Path) -> dict[str, bytes]:
     state = manager.restore(manager.latest_step()).state
   flat = jax.tree_util.tree_flatten_with_path(state)[0]
   return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+  """For a process with so many pretended devices that imports the package and what lies beside this file."""
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **more}
 
 
 def free_port() -> int:

@@ -83,10 +83,10 @@ def small_photographs(directory: pathlib.Path) -> ml_collections.ConfigDict:
 def small_digits(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config = load_config("digits", "smoke")
   config.model.update(width=16, depth=1, num_heads=2)
-  config.train.update(steps=3, batch_size=8)
+  config.train.update(steps=4, batch_size=8)
   config.optimizer.warmup_steps = 1
   config.evaluation.update(samples=10, batch_size=10, unit=10)
-  config.evaluation.during_training.update(every=3, samples=10)
+  config.evaluation.during_training.update(every=4, samples=10)
   config.sample.update(count=10, batch_size=10)
   config.tasks.update(count=10, batch_size=10)
   config.tasks.inpaint.update(settle=2, tries=1)
@@ -154,8 +154,9 @@ TASKS = ("denoise", "ood", "compose", "inpaint")
 @pytest.mark.parametrize(
   "small, modes",
   [
-    pytest.param(small_photographs, ("denoise", "inpaint"), id="photographs"),
-    pytest.param(small_digits, TASKS, id="digits", marks=pytest.mark.slow),
+    pytest.param(small_photographs, ("denoise", "inpaint"), id="photographs", marks=pytest.mark.slow),
+    pytest.param(small_digits, (), id="digits"),
+    pytest.param(small_digits, TASKS, id="digits, tasks", marks=pytest.mark.slow),
     pytest.param(small_imagenet, (), id="imagenet256", marks=pytest.mark.slow),
     pytest.param(small_cifar10, (), id="cifar10", marks=pytest.mark.slow),
   ],

@@ -77,6 +77,7 @@ def test_samples_go_to_files(trained):
     assert (directory / name).stat().st_size > 100
 
 
+@pytest.mark.slow
 def test_the_authors_checkpoint_can_be_sampled(tmp_path):
   pretrained = eqm_jax.load(ROOT / "tests" / "reference" / "eqm_tiny.pt", num_heads=4)
   eqm_jax.export_reference(tmp_path / "tiny.pt", pretrained.model, pretrained.params)
@@ -86,6 +87,7 @@ def test_the_authors_checkpoint_can_be_sampled(tmp_path):
   assert np.load(tmp_path / "samples" / "samples.npz")["x"].shape == (3, 8, 8, 4)
 
 
+@pytest.mark.slow
 def test_another_config_on_the_same_workdir_is_refused(trained):
   finished = run(*TINY, f"--workdir={trained}", "--config.objective.schedule.multiplier=2.0")
   assert finished.returncode == 1
@@ -101,7 +103,9 @@ def test_another_config_on_the_same_workdir_is_refused(trained):
     (["--mode=dream"], "dream"),
     pytest.param(["stray"], "stray", marks=pytest.mark.slow),
     (["--config.data.source=cifar"], "choose one of digits, mnist"),
-    (["--config.model.patch_size=3"], "patch_size = 3 does not divide input_size = 8"),
+    pytest.param(
+      ["--config.model.patch_size=3"], "patch_size = 3 does not divide input_size = 8", marks=pytest.mark.slow
+    ),
     pytest.param(["--config.mesh.data=3"], "there are 1", marks=pytest.mark.slow),
     (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere: no such model"),
     pytest.param(
@@ -111,9 +115,13 @@ def test_another_config_on_the_same_workdir_is_refused(trained):
     ),
     pytest.param(["--config.samplers.gd.step_size=-1.0"], "samplers.gd: step_size = -1.0", marks=pytest.mark.slow),
     pytest.param(["--config.evaluation.pictured=best"], "evaluation.pictured = 'best'", marks=pytest.mark.slow),
-    (["--config.model.time_input=True", "--config.objective.kind=flow_matching"], "evaluation.samples = 0"),
-    (["--checkpoint=x.pt"], "--checkpoint=x.pt is for"),
-    (["--config.data.source=latents"], "which takes: path, verify"),
+    pytest.param(
+      ["--config.model.time_input=True", "--config.objective.kind=flow_matching"],
+      "evaluation.samples = 0",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(["--checkpoint=x.pt"], "--checkpoint=x.pt is for", marks=pytest.mark.slow),
+    pytest.param(["--config.data.source=latents"], "which takes: path, verify", marks=pytest.mark.slow),
   ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, arguments, text):

@@ -1,7 +1,12 @@
-"""Real data that Python packages ship, and points of the plane: all in memory, nothing to download."""
+"""Real data that Python packages ship, and points of the plane: all in memory, nothing to download.
+
+scikit-learn takes longer to import than JAX, and is imported only by the functions that use it, here as elsewhere.
+"""
+
+import importlib.util
+import os
 
 import numpy as np
-import sklearn.datasets
 from PIL import Image
 
 from eqm_jax.data.samples import Images
@@ -14,9 +19,11 @@ def digits(part: str = "all") -> Images:
 
   "test" is every sixth image, "train" the others.
   """
-  data = sklearn.datasets.load_digits()
-  images = (data.images / 8 - 1).astype(np.float32)[..., None]
-  return Images(*_part(images, data.target, part), num_classes=10)
+  # The file of sklearn.datasets.load_digits, without the import.
+  package = importlib.util.find_spec("sklearn").submodule_search_locations[0]
+  rows = np.loadtxt(os.path.join(package, "datasets", "data", "digits.csv.gz"), delimiter=",")
+  images = (rows[:, :-1].reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32)
+  return Images(*_part(images, rows[:, -1].astype(int), part), num_classes=10)
 
 
 def mnist(size: int = 14, part: str = "all") -> Images:
@@ -49,6 +56,8 @@ def photographs(size: int = 32, stride: int = 4, shrink: int = 2) -> Images:
       f"data.options: size = {size}, stride = {stride} and shrink = {shrink} must be at least 1, "
       f"and a patch must fit into a photograph of 640 × 427 pixels, shrunk"
     )
+  import sklearn.datasets
+
   patches, labels = [], []
   for label, pixels in enumerate(sklearn.datasets.load_sample_images().images):
     picture = np.asarray(Image.fromarray(pixels).reduce(shrink))
@@ -68,6 +77,8 @@ def plane(kind: str, count: int = 4096, seed: int = 0) -> Images:
     raise ValueError(f"data.options.count = {count} must be at least 1")
   rng = np.random.default_rng(seed)
   if kind == "two_moons":
+    import sklearn.datasets
+
     points, labels = sklearn.datasets.make_moons(count, noise=0.05, random_state=seed)
     points = (points - [0.5, 0.25]) * [1.15, 2.0]
   elif kind == "eight_gaussians":

@@ -10,17 +10,17 @@ For flow matching there is also the stochastic equation with the same marginals
 (Ma et al. 2024, with diffusion w = s·(1−γ)):
 
     dx = (v − s/2·(x − γ·v))·dγ + √(s·(1−γ))·dW,     x − γ·v = E[ε | x_γ]
+
+diffrax takes a second to import, and is imported only when something is integrated.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import flax.struct
 import jax
 import jax.numpy as jnp
-import lineax
 
 from eqm_jax.equilibrium.field import as_pytree
 from eqm_jax.equilibrium.sampler import BUDGET, CONVERGED, DIVERGED, WALK, checked_start, sample_keys
@@ -31,19 +31,19 @@ MAX_STEPS = 4096  # of an adaptive solver
 
 
 class Solver(NamedTuple):
-  """A method, how often a step calls the field, and how often the start does."""
+  """The name of diffrax's method, how often a step calls the field, and how often the start does."""
 
-  method: diffrax.AbstractSolver
+  method: str
   stages: int
   first: int = 0
 
 
 SOLVERS = {
-  "euler": Solver(diffrax.Euler(), 1),
-  "euler_maruyama": Solver(diffrax.Euler(), 1),
-  "heun": Solver(diffrax.Heun(), 2),
-  "tsit5": Solver(diffrax.Tsit5(), 6, 1),  # of seven stages, the last is the next step's first
-  "dopri5": Solver(diffrax.Dopri5(), 6, 1),
+  "euler": Solver("Euler", 1),
+  "euler_maruyama": Solver("Euler", 1),
+  "heun": Solver("Heun", 2),
+  "tsit5": Solver("Tsit5", 6, 1),  # of seven stages, the last is the next step's first
+  "dopri5": Solver("Dopri5", 6, 1),
 }
 
 
@@ -107,6 +107,9 @@ def integrate(
 
 @functools.partial(jax.jit, static_argnames=("solver", "steps", "timed", "reverse"))
 def _integrate(field_fn, x0, labels_B, keys_B, strength, tolerances, solver, steps, timed, reverse) -> Integration:
+  import diffrax
+  import lineax
+
   def velocity(time, x_B, labels_B):
     gamma = 1 - time if reverse else time
     gammas = (jnp.full(len(x_B), gamma, x_B.dtype),) if timed else ()
@@ -132,7 +135,7 @@ def _integrate(field_fn, x0, labels_B, keys_B, strength, tolerances, solver, ste
       control = diffrax.PIDController(rtol=tolerances[0], atol=tolerances[1])
     return diffrax.diffeqsolve(
       terms,
-      SOLVERS[solver].method,
+      getattr(diffrax, SOLVERS[solver].method)(),
       t0=0.0,
       t1=1.0,
       dt0=None if steps else 0.01,

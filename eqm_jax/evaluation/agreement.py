@@ -1,8 +1,6 @@
 """Label agreement: does a classifier of real images see the class that was asked for?"""
 
 import numpy as np
-import sklearn.model_selection
-import sklearn.svm
 
 
 class Classifier:
@@ -12,6 +10,9 @@ class Classifier:
 
   def __init__(self, images: np.ndarray, labels: np.ndarray):
     """Fits `images` [N, ...] to `labels` [N]; the split is the same each time."""
+    import sklearn.model_selection
+    import sklearn.svm
+
     fit_x, held_x, fit_y, held_y = sklearn.model_selection.train_test_split(
       images.reshape(len(images), -1), labels, test_size=0.25, random_state=0, stratify=labels
     )

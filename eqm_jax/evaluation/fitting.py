@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import sklearn.model_selection
 
 from eqm_jax.networks.classifier import Classifier
 
@@ -46,6 +45,8 @@ def fit(images: np.ndarray, labels: np.ndarray, num_classes: int, steps: int) ->
       f"evaluation.features: the classifier is for images of up to {LARGEST} × {LARGEST} pixels, "
       f"not {images.shape[1:]}: use 'inception'"
     )
+  import sklearn.model_selection
+
   fit_x, held_x, fit_y, held_y = sklearn.model_selection.train_test_split(
     images, labels, test_size=0.25, random_state=SEED, stratify=labels
   )

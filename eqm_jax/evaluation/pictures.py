@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.backends.backend_agg
-import matplotlib.figure
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+  import matplotlib.figure
 
 MARGIN = 1  # pixels between images, before enlarging
 
@@ -88,14 +89,17 @@ def _to_rgb(images: np.ndarray) -> np.ndarray:
   return pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, axis=-1)
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[matplotlib.figure.Figure, Any]:
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["matplotlib.figure.Figure", Any]:
   """A diagram in inches and its axes, [rows, columns] of them if more than one; no display is needed."""
+  import matplotlib.backends.backend_agg  # here, so that a run that draws nothing starts a second sooner
+  import matplotlib.figure
+
   drawn = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
   matplotlib.backends.backend_agg.FigureCanvasAgg(drawn)
   return drawn, drawn.subplots(rows, columns)
 
 
-def rendered(figure: matplotlib.figure.Figure) -> Image.Image:
+def rendered(figure: "matplotlib.figure.Figure") -> Image.Image:
   """A diagram as an image."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=120)

@@ -1,21 +1,20 @@
 """Landscapes over the plane: the field, its energy and the ways down, beside the optimal field of the data."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.axes
 import ml_collections
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
-import sklearn.neighbors
 from PIL import Image
 
 from eqm_jax.equilibrium import energy, field, objective, oracle, sampler
 from eqm_jax.evaluation import pictures, samplers
 from eqm_jax.networks.dit import DiT
+
+if TYPE_CHECKING:
+  import matplotlib.axes
 
 SHAPE = (1, 1, 2)  # of a point: an image of one pixel with two channels
 REACH, CELLS = 2.6, 52  # the square that is drawn, and cells along its side
@@ -91,6 +90,7 @@ def scatter(points_N: np.ndarray, real_N: np.ndarray | None = None) -> Image.Ima
 
 def distances(points_N: np.ndarray, real_N: np.ndarray) -> dict[str, float]:
   """How far samples are from the data, and the data from the samples: means to the nearest."""
+  import sklearn.neighbors
 
   def mean_nearest(a, b):
     tree = sklearn.neighbors.NearestNeighbors(n_neighbors=1).fit(b.reshape(len(b), -1))
@@ -106,6 +106,9 @@ def potential(f_GxGx2: np.ndarray, spacing: float) -> np.ndarray:
     f_GxGx2: the field (x and y component) at rows y and columns x of a square grid.
     spacing: between neighbours.
   """
+  import scipy.sparse
+  import scipy.sparse.linalg
+
   G = len(f_GxGx2)
   difference = scipy.sparse.diags_array([-1.0, 1.0], offsets=[0, 1], shape=(G - 1, G)) / spacing
   along_x, along_y = (
@@ -128,7 +131,7 @@ def _on_grid(field_fn, grid_GxGx2: np.ndarray) -> np.ndarray:
   return np.asarray(f).reshape(CELLS, CELLS, 2)
 
 
-def _draw_field(panel: matplotlib.axes.Axes, grid_GxGx2: np.ndarray, f_GxGx2: np.ndarray, title: str):
+def _draw_field(panel: "matplotlib.axes.Axes", grid_GxGx2: np.ndarray, f_GxGx2: np.ndarray, title: str):
   norm_GxG = np.linalg.norm(f_GxGx2, axis=-1)
   extent = (-REACH, REACH, -REACH, REACH)
   panel.imshow(norm_GxG, origin="lower", extent=extent, cmap="magma")

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.figure
 import numpy as np
 
 from eqm_jax.evaluation import pictures
+
+if TYPE_CHECKING:
+  import matplotlib.figure
 
 SIZE = 6.4, 3.4  # inches
 
@@ -61,5 +63,5 @@ def histogram(path: str, groups: Mapping[str, np.ndarray], *, xlabel: str, lines
   _save(figure, path)
 
 
-def _save(figure: matplotlib.figure.Figure, path: str):
+def _save(figure: "matplotlib.figure.Figure", path: str):
   figure.savefig(os.fspath(path), dpi=110)

@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import numpy as np
-import sklearn.neighbors
 
 from eqm_jax.evaluation import pictures
 from eqm_jax.report import figures
@@ -178,6 +177,8 @@ def _composed(lab: Lab, first: Trained, terms: list[compose.Term], count: int) -
 
 def memorisation(lab: Lab) -> dict[str, Any]:
   """How near samples come to the nearest training image, beside held-out digits."""
+  import sklearn.neighbors
+
   neighbours = sklearn.neighbors.NearestNeighbors(n_neighbors=1).fit(lab.real.reshape(len(lab.real), -1))
 
   def nearest(images):

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import sklearn.covariance
-import sklearn.metrics
 
 from eqm_jax import devices
 from eqm_jax.data.samples import Source
@@ -76,6 +74,8 @@ def ood(
 
 def auroc(inside_N: np.ndarray, outside_N: np.ndarray) -> float:
   """How often an outlier scores above an image of the data."""
+  import sklearn.metrics
+
   truth = np.concatenate([np.zeros(len(inside_N)), np.ones(len(outside_N))])
   return float(sklearn.metrics.roc_auc_score(truth, np.concatenate([inside_N, outside_N])))
 
@@ -92,6 +92,8 @@ def make_score(name: str, model: DiT, params: Any, source: Source, batching: sam
   if name not in SCORES:
     raise ValueError(f"tasks.ood.scores: {name!r} is not known: choose from {', '.join(SCORES)}")
   if name == "mahalanobis":
+    import sklearn.covariance
+
     known = inputs.first_images(source, real.MANY)
     gaussian = sklearn.covariance.LedoitWolf().fit(known.reshape(len(known), -1))
     return lambda images: np.sqrt(gaussian.mahalanobis(images.reshape(len(images), -1)))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import numpy as np
-import sklearn.datasets
 from PIL import Image
 
 PATCH = 64  # pixels of a photograph that become one image
@@ -44,6 +43,8 @@ def inverted(image_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def photographs(image_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Patches of scikit-learn's two sample photographs, downsized."""
+  import sklearn.datasets
+
   _, H, W, C = image_N.shape
   if C not in (1, 3):
     raise ValueError(f"tasks.ood.against: 'photographs' are grey or RGB, but the images have {C} channels")

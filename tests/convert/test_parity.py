@@ -51,7 +51,7 @@ def computed(reference, dtype, second):
   rows += losses(reference, model, params, data, noise, gamma, train_label, second)
 
   for form in ("dot", "l2"):
-    rows.append((f"energy_{form}", eqm_jax.energy(model, params, label, form)(x), reference[f"energy_{form}"]))
+    rows.append((f"energy_{form}", apply(eqm_jax.energy(model, params, label, form), x), reference[f"energy_{form}"]))
     field = eqm_jax.energy_field(model, params, label, form)
     rows.append((f"field_{form}", apply(field, x), -image(f"field_{form}")))
 

@@ -23,7 +23,7 @@ def timed_decay(x, rate_B, gamma_B):
 EXACT = X0 * jnp.exp(-RATES)[:, None]
 
 
-@pytest.mark.parametrize("steps", [7, 100])
+@pytest.mark.parametrize("steps", [7, pytest.param(100, marks=pytest.mark.slow)])
 def test_euler_is_gradient_descent_with_the_step_as_its_size(steps):
   result = integrate(decay, X0, RATES, solver="euler", steps=steps)
   descended = descend(lambda x: decay(x, RATES), X0, step_size=1 / steps, rule="gd", max_evaluations=steps)
@@ -32,7 +32,7 @@ def test_euler_is_gradient_descent_with_the_step_as_its_size(steps):
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
-@pytest.mark.parametrize("field_fn, timed", [(decay, False), (timed_decay, True)])
+@pytest.mark.parametrize("field_fn, timed", [pytest.param(decay, False, marks=pytest.mark.slow), (timed_decay, True)])
 def test_fixed_steps_converge_with_their_order(solver, order, field_fn, timed):
   def error(steps):
     result = integrate(field_fn, X0, RATES, solver=solver, steps=steps, timed=timed)
@@ -43,9 +43,11 @@ def test_fixed_steps_converge_with_their_order(solver, order, field_fn, timed):
     assert 0.8 * 2**order < error(40) / error(80) < 1.3 * 2**order
 
 
-@pytest.mark.parametrize("solver", ["heun", "tsit5", "dopri5"])
-def test_step_control_meets_its_tolerance_with_more_work_where_it_is_needed(solver):
-  loose, tight = (integrate(decay, X0, RATES, solver=solver, rtol=tol, atol=tol) for tol in (1e-2, 1e-5))
+@pytest.mark.parametrize(
+  "solver, tolerance", [("heun", 1e-5), ("dopri5", 1e-6), pytest.param("tsit5", 1e-6, marks=pytest.mark.slow)]
+)
+def test_step_control_meets_its_tolerance_with_more_work_where_it_is_needed(solver, tolerance):
+  loose, tight = (integrate(decay, X0, RATES, solver=solver, rtol=tol, atol=tol) for tol in (1e-2, tolerance))
   np.testing.assert_allclose(tight.x, EXACT, atol=2e-4)
   assert np.all(tight.evaluations_B > loose.evaluations_B)
   assert tight.evaluations_B[1] > tight.evaluations_B[2]  # the faster decay
@@ -66,11 +68,15 @@ def test_evaluations_are_those_that_were_made():
 
 
 def test_a_sample_does_not_depend_on_its_neighbours():
-  together = integrate(decay, X0, RATES, solver="dopri5", rtol=1e-3, atol=1e-3)
-  for i in range(3):
-    alone = integrate(decay, X0[i : i + 1], RATES[i : i + 1], solver="dopri5", rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(alone.x[0], together.x[i], rtol=1e-6)
-    assert alone.evaluations_B[0] == together.evaluations_B[i]
+  """But for rounding, which the step control makes larger: in float64 none of it is left at this tolerance."""
+  options = dict(solver="dopri5", rtol=1e-3, atol=1e-3)
+  with jax.enable_x64(True):
+    x0, rates = np.asarray(X0, np.float64), np.asarray(RATES, np.float64)
+    together = integrate(decay, x0, rates, **options)
+    for i in range(3):
+      alone = integrate(decay, x0[i : i + 1], rates[i : i + 1], **options)
+      np.testing.assert_allclose(alone.x[0], together.x[i], rtol=1e-9)
+      assert alone.evaluations_B[0] == together.evaluations_B[i]
 
 
 def test_reverse_leads_back_to_the_noise():
@@ -92,8 +98,8 @@ def test_euler_maruyama_keeps_the_marginals_of_flow_matching():
     expected_noise = (1 - gamma) * residual
     return expected_noise - expected_data
 
-  x0 = jax.random.normal(jax.random.key(0), (4000, 1))
-  labels = jnp.zeros(4000, jnp.int32)
+  x0 = jax.random.normal(jax.random.key(0), (2000, 1))
+  labels = jnp.zeros(2000, jnp.int32)
   options = dict(steps=100, timed=True)
   ode = integrate(flow, x0, labels, solver="euler", **options).x
   sde = integrate(flow, x0, labels, solver="euler_maruyama", key=jax.random.key(1), **options).x

@@ -7,23 +7,25 @@ from eqm_jax.equilibrium.objective import Schedule, corrupt, target_gradient
 from eqm_jax.equilibrium.oracle import oracle_field
 from eqm_jax.equilibrium.sampler import CONVERGED, descend, start_noise
 
+apply = jax.jit(lambda field_fn, x: field_fn(x))  # the field is a pytree: its points are an argument
+
 
 @pytest.mark.parametrize("d", [8, 64, 512])
 def test_data_are_zeros_with_the_stiffness_of_the_schedule(d):
   points = jax.random.normal(jax.random.key(0), (5, d))
   field_fn = oracle_field(points)
-  np.testing.assert_allclose(field_fn(points), 0, atol=1e-5)
+  np.testing.assert_allclose(apply(field_fn, points), 0, atol=1e-5)
   direction = jax.random.normal(jax.random.key(1), (5, d)) / d**0.5
   offset = 0.01 * d**0.5 * direction
-  np.testing.assert_allclose(field_fn(points + offset), 20 * offset, rtol=5e-3, atol=1e-3)  # λ/(1−a) = 20
+  np.testing.assert_allclose(apply(field_fn, points + offset), 20 * offset, rtol=5e-3, atol=1e-3)  # λ/(1−a) = 20
 
 
 def test_midpoint_of_antipodal_points_is_a_zero_and_a_saddle():
   axis = jnp.zeros(16).at[0].set(4.0)
   field_fn = oracle_field(jnp.stack([axis, -axis]))
   middle = jnp.zeros(16)
-  np.testing.assert_allclose(field_fn(middle[None]), 0, atol=1e-5)
-  jacobian = jax.jacobian(lambda x: field_fn(x[None])[0])(middle)
+  np.testing.assert_allclose(apply(field_fn, middle[None]), 0, atol=1e-5)
+  jacobian = np.asarray(jax.jit(jax.jacobian(lambda x: field_fn(x[None])[0]))(middle))
   curvature = np.linalg.eigvalsh((jacobian + jacobian.T) / 2)
   assert curvature[0] < 0 < curvature[1]  # downhill along the axis alone
   np.testing.assert_allclose(jacobian[0, 0], curvature[0], rtol=1e-4)
@@ -35,10 +37,12 @@ def test_it_is_the_conditional_mean_of_the_target():
   key_x, key_noise, key_gamma = jax.random.split(jax.random.key(0), 3)
   data = points[jax.random.randint(key_x, (n,), 0, 2)]
   noise, gamma = jax.random.normal(key_noise, (n, 1)), jax.random.uniform(key_gamma, (n,))
-  x_gamma, target = corrupt(data, noise, gamma)[:, 0], target_gradient(data, noise, gamma, schedule)[:, 0]
+  x_gamma, target = jax.device_get(
+    jax.jit(lambda *drawn: (corrupt(*drawn)[:, 0], target_gradient(*drawn, schedule)[:, 0]))(data, noise, gamma)
+  )
   for center in (-1.6, -0.5, 0.3, 0.8):
     near = np.abs(x_gamma - center) < 0.02
-    expected = oracle_field(points, schedule, nodes=20_000)(jnp.asarray([[center]]))[0, 0]
+    expected = apply(oracle_field(points, schedule, nodes=20_000), jnp.asarray([[center]]))[0, 0]
     error = float(np.std(target[near]) / near.sum() ** 0.5)
     np.testing.assert_allclose(target[near].mean(), expected, atol=4 * error + 0.01)
 

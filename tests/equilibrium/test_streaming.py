@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -7,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 
 from eqm_jax.equilibrium.sampler import BUDGET, CONVERGED, DIVERGED, descend, start_noise
 from eqm_jax.equilibrium.streaming import descend_stream
@@ -23,24 +22,30 @@ def bowls(x, label_S):
 
 
 OPTIONS = dict(step_size=0.02, max_evaluations=300, threshold=0.3)
-RULES = [
-  dict(rule="gd"), dict(rule="nag", momentum=0.3), dict(rule="nesterov", momentum=0.5), dict(rule="adam"),
-  dict(rule="lbfgs"), dict(rule="langevin", temperature=1e-3),
-]  # fmt: skip
+NAG, LANGEVIN = dict(rule="nag", momentum=0.3), dict(rule="langevin", temperature=1e-3)
+MORE_RULES = [dict(rule="gd"), dict(rule="nesterov", momentum=0.5), dict(rule="adam"), dict(rule="lbfgs")]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["rule"])
-def test_results_are_those_of_descend_whatever_the_slots(rule):
+@pytest.mark.parametrize(
+  "slots, rule",
+  [
+    (1, NAG),
+    (9, LANGEVIN),
+    *(pytest.param(slots, rule, marks=pytest.mark.slow) for slots, rule in [(9, NAG), (1, LANGEVIN)]),
+    *(pytest.param(slots, rule, marks=pytest.mark.slow) for slots in (1, 9) for rule in MORE_RULES),
+  ],
+  ids=lambda value: value["rule"] if isinstance(value, dict) else str(value),
+)
+def test_results_are_those_of_descend_whatever_the_slots(slots, rule):
   with jax.enable_x64(True):
     noise = start_noise(KEY, np.arange(N), (5,), jnp.float64)
     expected = descend(lambda x: bowls(x, LABELS), noise, key=KEY, **OPTIONS, **rule)
     assert len(set(expected.evaluations_B.tolist())) > 5
-    for slots in (1, 9):
-      result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=slots, dtype=jnp.float64, **OPTIONS, **rule)
-      np.testing.assert_allclose(result.x, expected.x, rtol=0, atol=1e-10)
-      np.testing.assert_allclose(result.norm_B, expected.norm_B, rtol=1e-6)
-      np.testing.assert_array_equal(result.evaluations_B, expected.evaluations_B)
-      np.testing.assert_array_equal(result.status_B, expected.status_B)
+    result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=slots, dtype=jnp.float64, **OPTIONS, **rule)
+    np.testing.assert_allclose(result.x, expected.x, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(result.norm_B, expected.norm_B, rtol=1e-6)
+    np.testing.assert_array_equal(result.evaluations_B, expected.evaluations_B)
+    np.testing.assert_array_equal(result.status_B, expected.status_B)
 
 
 def test_hardware_does_little_more_than_the_samples_need():
@@ -57,8 +62,8 @@ def test_it_does_less_than_half_of_what_lockstep_does():
 
 
 def test_a_long_series_can_be_drawn_part_by_part():
-  whole = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=8, rule="gd", **OPTIONS)
-  part = descend_stream(bowls, LABELS[50:90], KEY, shape=(5,), slots=8, rule="gd", index_N=np.arange(50, 90), **OPTIONS)
+  whole = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=2, rule="gd", **OPTIONS)
+  part = descend_stream(bowls, LABELS[50:90], KEY, shape=(5,), slots=2, rule="gd", index_N=np.arange(50, 90), **OPTIONS)
   np.testing.assert_allclose(part.x, whole.x[50:90], atol=1e-6)
   np.testing.assert_array_equal(part.evaluations_B, whole.evaluations_B[50:90])
 
@@ -69,7 +74,7 @@ def test_labels_may_be_any_tree():
   def field_fn(x, label):
     return bowls(x - label["center"][:, None], label["steepness"])
 
-  result = descend_stream(field_fn, labels, KEY, shape=(3,), slots=9, rule="gd", **{**OPTIONS, "threshold": 0.01})
+  result = descend_stream(field_fn, labels, KEY, shape=(3,), slots=3, rule="gd", **{**OPTIONS, "threshold": 0.01})
   done = result.status_B == CONVERGED
   assert done.mean() > 0.5
   np.testing.assert_allclose(result.x[done], np.broadcast_to(labels["center"][:, None], (N, 3))[done], atol=0.05)
@@ -80,8 +85,8 @@ def test_one_diverging_sample_harms_no_other():
     return jnp.where((label_S == 0)[:, None], jnp.nan, bowls(x, label_S))
 
   labels = LABELS.at[jnp.asarray([3, 77])].set(0)
-  result = descend_stream(field_fn, labels, KEY, shape=(5,), slots=6, rule="gd", **OPTIONS)
-  expected = descend_stream(bowls, labels, KEY, shape=(5,), slots=6, rule="gd", **OPTIONS)
+  result = descend_stream(field_fn, labels, KEY, shape=(5,), slots=2, rule="gd", **OPTIONS)
+  expected = descend_stream(bowls, labels, KEY, shape=(5,), slots=2, rule="gd", **OPTIONS)
   bad = np.asarray(labels == 0)
   assert set(result.status_B[bad].tolist()) == {DIVERGED} and DIVERGED not in result.status_B[~bad].tolist()
   np.testing.assert_allclose(result.x[~bad], expected.x[~bad], atol=1e-6)
@@ -92,8 +97,8 @@ def test_restarts_are_counted_and_come_from_other_noise():
   def field_fn(x, label_S):  # not defined where the first number is high
     return jnp.where(x[:, :1] > 1.0, jnp.nan, bowls(x, label_S))
 
-  plain = descend_stream(field_fn, LABELS, KEY, shape=(5,), slots=6, rule="gd", **OPTIONS)
-  again = descend_stream(field_fn, LABELS, KEY, shape=(5,), slots=6, rule="gd", max_restarts=20, **OPTIONS)
+  plain = descend_stream(field_fn, LABELS, KEY, shape=(5,), slots=2, rule="gd", **OPTIONS)
+  again = descend_stream(field_fn, LABELS, KEY, shape=(5,), slots=2, rule="gd", max_restarts=20, **OPTIONS)
   lost = np.asarray(plain.status_B == DIVERGED)
   assert 0.05 < lost.mean() < 0.4 and DIVERGED not in again.status_B.tolist()
   assert np.all(again.restarts_B[lost] >= 1) and np.all(again.restarts_B[~lost] == 0)
@@ -106,7 +111,7 @@ def test_restarts_are_counted_and_come_from_other_noise():
 
 def test_a_threshold_that_is_never_met_spends_the_budget():
   options = dict(OPTIONS, threshold=1e-9, max_evaluations=12)
-  result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=6, rule="gd", **options)
+  result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=2, rule="gd", **options)
   assert set(result.status_B.tolist()) == {BUDGET} and set(result.evaluations_B.tolist()) == {12}
 
 
@@ -156,13 +161,11 @@ json.dump(out, sys.stdout)
 """
 
 
+@pytest.mark.slow  # an evaluation on eight devices is streamed too
 def test_every_device_runs_a_queue_of_its_own_and_the_samples_are_the_same():
-  environment = {
-    "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'equilibrium'}", "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-  }  # fmt: skip
+  env = environment(8, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'equilibrium'}")
   command = [sys.executable, "-c", PROGRAM]
-  finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+  finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
   assert finished.returncode == 0, finished.stderr
   output = json.loads(finished.stdout)
   assert output["devices"] == 8 and output["collectives"] == 0

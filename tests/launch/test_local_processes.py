@@ -85,10 +85,8 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  "words, devices",
-  [(["--processes=2"], "2 × cpu in 2"), pytest.param(["--devices=2"], "2 × cpu in 1", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("words, devices", [(["--processes=2"], "2 × cpu in 2"), (["--devices=2"], "2 × cpu in 1")])
 def test_local_training(tmp_path, words, devices):
   env = environment(tmp_path, PYTHON=sys.executable)
   finished = call("bash", LAUNCH / "local.sh", *words, *TINY, f"--workdir={tmp_path / 'run'}", env=env, cwd=ROOT)

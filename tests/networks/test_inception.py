@@ -1,7 +1,6 @@
 """Agreement with the FID's Inception in PyTorch. `pytest tests/networks/test_inception.py -n 0 -s` prints the table."""
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, environment
 from jax.extend.core import jaxprs_in_params
 
 from eqm_jax.convert import inception as convert
@@ -123,13 +122,10 @@ json.dump({"places": places, "found": {name: array.tolist() for name, array in f
 """
 
 
+@pytest.mark.slow  # compiles the network for two devices
 def test_images_may_lie_on_several_devices():
-  environment = {
-    "PATH": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
-  }  # fmt: skip
   command = [sys.executable, "-c", PROGRAM, str(DIRECTORY)]
-  finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+  finished = subprocess.run(command, env=environment(2), capture_output=True, text=True, timeout=300)
   assert finished.returncode == 0, finished.stderr
   output = json.loads(finished.stdout)
   assert output["places"] == {name: [1, 1] for name in NAMES}

@@ -14,6 +14,15 @@ for name, value in topology.ENVIRONMENT.items():  # several workers compile at t
   os.environ.setdefault(name, value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def flags_that_libtpu_knows():
+  """libtpu reads XLA's flags too, and ends the process for one that it does not know, as some of the CPU's are."""
+  known = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu")]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", " ".join(known))
+    yield
+
+
 def open_slice(name: str) -> topology.Topology:
   return topology.open_topologies(name)[0]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from plans import open_slice
+from plans import flags_that_libtpu_knows, open_slice  # noqa: F401
 
 from eqm_jax.plan import collectives, hlo, loops, traffic
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, load_config
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
-from plans import open_slice, small
+from plans import flags_that_libtpu_knows, open_slice, small  # noqa: F401
 
 from eqm_jax.networks import flops
 from eqm_jax.networks.dit import DiT, parameter_shapes
@@ -39,8 +39,12 @@ def shipped():
   return config, program, *compiled_with_text(program, topology)
 
 
-def test_arguments_are_the_shards_and_nothing_else(shipped):
-  _, program, figures, module = shipped
+@pytest.mark.parametrize("name", ["small", pytest.param("shipped", marks=pytest.mark.slow)])
+def test_arguments_are_the_shards_and_nothing_else(request, name):
+  if name == "small":
+    program, figures, module = request.getfixturevalue("written")[4][0]
+  else:
+    _, program, figures, module = request.getfixturevalue("shipped")
   given = [i.result[0] for i in module.entry_computation.instructions if i.opcode == "parameter"]
   shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.given)]
   assert python_collections.Counter(a.dims for a in given) == python_collections.Counter(shards)
@@ -50,6 +54,7 @@ def test_arguments_are_the_shards_and_nothing_else(shipped):
   assert figures.memory["aliased"] > 0.99 * figures.memory["outputs"]  # the state is donated
 
 
+@pytest.mark.slow
 def test_memory_is_told_against_the_chip(shipped):
   _, program, figures, _ = shipped
   parameters = sum(leaf.size for leaf in jax.tree.leaves(program.given[0].params))
@@ -60,6 +65,7 @@ def test_memory_is_told_against_the_chip(shipped):
   assert figures.bound.seconds < figures.seconds_at_mfu
 
 
+@pytest.mark.slow
 def test_data_parallelism_reduces_the_gradient_and_sends_nothing_else(shipped):
   _, program, figures, module = shipped
   params = dict(program.given[0].params)
@@ -74,6 +80,7 @@ def test_data_parallelism_reduces_the_gradient_and_sends_nothing_else(shipped):
   assert not [text for text in figures.warnings if "sharding rule" in text]
 
 
+@pytest.mark.slow
 def test_hbm_carries_the_state_and_the_activations_at_least_once(shipped):
   config, program, figures, _ = shipped
   state = sum(program.arguments[name] for name in ("parameters", "average", "optimizer"))
@@ -183,6 +190,7 @@ def test_large_arrays_that_no_rule_splits_are_warned_of():
   assert "the whole state (0.5 GiB, 53 % of a chip's memory)" in text and "config.mesh.fsdp" in text
 
 
+@pytest.mark.slow
 def test_few_images_on_a_chip_are_warned_of(shipped):
   _, program, figures, _ = shipped
   few = dataclasses.replace(program, images=2)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, load_config
-from plans import open_slice
+from plans import flags_that_libtpu_knows, open_slice  # noqa: F401
 
 from eqm_jax import hardware
 from eqm_jax import programs as main_programs

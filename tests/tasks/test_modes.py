@@ -217,6 +217,7 @@ def test_a_network_that_is_told_the_time_is_refused(tmp_path):
       programs.run(mode, config, str(tmp_path / "run"), str(tmp_path / "timed"))
 
 
+@pytest.mark.slow
 def test_tasks_on_points_of_the_plane(tmp_path):
   """Points lie beyond [−1, 1], and are drawn as points."""
   config = load_config("toy2d", "two_moons-smoke")

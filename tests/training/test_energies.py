@@ -39,7 +39,10 @@ def loss_of(config, params) -> float:
   return float(jax.jit(loss_fn)(params))
 
 
-@pytest.mark.parametrize("form, order", [("dot", "reverse_over_reverse"), ("scalar", "forward_over_reverse")])
+@pytest.mark.parametrize(
+  "form, order",
+  [("dot", "reverse_over_reverse"), pytest.param("scalar", "forward_over_reverse", marks=pytest.mark.slow)],
+)
 def test_an_energy_learns_from_a_zero_output_layer(form, order, tmp_path):
   config = small_config(form, **{"objective.second_order": order, "train.steps": 100, "checkpoint.every": 100})
   train.train(config, str(tmp_path))
@@ -48,6 +51,7 @@ def test_an_energy_learns_from_a_zero_output_layer(form, order, tmp_path):
   assert trained.model.energy == form and loss_of(config, trained.params) < 0.9 * zero
 
 
+@pytest.mark.slow
 def test_l2_learns_from_a_warm_start(implicit, tmp_path):
   """It starts at the weights of the implicit model, and gets better than these are as an energy."""
   config = small_config("l2", **{"train.init_from": implicit, "train.steps": 100, "checkpoint.every": 100})
@@ -72,7 +76,7 @@ def test_l2_refuses_an_output_layer_of_zeros(tmp_path):
     train.train(small_config("l2"), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
   model = DiT(**small_config().model)
-  fresh = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32))["params"]
+  fresh = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32))["params"]
   pretrained.save_pretrained(tmp_path / "fresh", model, fresh)
   config = small_config("l2", **{"train.init_from": str(tmp_path / "fresh")})
   with pytest.raises(ValueError, match="fresh' has an output layer of zeros"):
@@ -84,13 +88,15 @@ def test_a_share_at_gamma_one_has_nothing_to_learn_but_rest():
   config = small_config(**{"objective.clean_share": 1.0})
   model = DiT(**config.model)
   batch = {"image": jnp.ones((8, 8, 8, 1)), "label": jnp.zeros(8, jnp.int32)}
-  params = model.init(jax.random.key(0), batch["image"], batch["label"])["params"]
+  params = jax.jit(model.init)(jax.random.key(0), batch["image"], batch["label"])["params"]
 
   def loss(share):
     config.objective.clean_share = share
-    return step.batch_loss(model, config.objective, objective.Schedule(), batch, jax.random.key(1), params)
+    arguments = model, config.objective, objective.Schedule(), batch, jax.random.key(1)
+    return jax.jit(functools.partial(step.batch_loss, *arguments))(params)
 
-  assert loss(1.0) < 1e-9 < 0.1 * loss(0.0) < loss(0.5) < loss(0.0)
+  none, half, every = map(loss, (0.0, 0.5, 1.0))
+  assert every < 1e-9 < 0.1 * none < half < none
 
 
 @pytest.mark.parametrize(

@@ -152,10 +152,10 @@ def lose_position(directory: pathlib.Path):
     path.write_text("{")
 
 
-SLOWER = [pytest.param(damage, marks=pytest.mark.slow) for damage in (lose_metadata, lose_position)]
+SLOWER = [pytest.param(damage, marks=pytest.mark.slow) for damage in (truncate, lose_metadata, lose_position)]
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_saved_bit, *SLOWER])
+@pytest.mark.parametrize("damage", [flip_a_saved_bit, *SLOWER])
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(uninterrupted, tmp_path, caplog, damage):
   workdir = tmp_path / "run"
   shutil.copytree(uninterrupted, workdir)
@@ -312,6 +312,7 @@ def test_spoilt_batches_are_left_out_told_and_counted(spoilt, tmp_path, caplog):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(pretrained.load(tmp_path).params))
 
 
+@pytest.mark.slow
 def test_too_many_spoilt_batches_in_a_row_end_the_run(spoilt, tmp_path):
   config = spoilt(*range(24))
   config.optimizer.skip_nonfinite, config.checkpoint.every = 2, 1
@@ -321,6 +322,7 @@ def test_too_many_spoilt_batches_in_a_row_end_the_run(spoilt, tmp_path):
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(pretrained.load(tmp_path).params))
 
 
+@pytest.mark.slow
 def test_without_leave_the_first_spoilt_batch_ends_the_run(spoilt, tmp_path):
   with pytest.raises(FloatingPointError, match="step [123]: .*loss = nan"):
     train.train(spoilt(5), str(tmp_path))
@@ -329,6 +331,7 @@ def test_without_leave_the_first_spoilt_batch_ends_the_run(spoilt, tmp_path):
 # ---------------------------------------------------------------- looking inside
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_steps_that_were_asked_for(tmp_path):
   run = Run(tmp_path, **{"train.steps": 9, "train.profile": "(2,3)", "optimizer.warmup_steps": 1})
   assert run.end() == 0, "".join(run.lines)

@@ -1,13 +1,12 @@
 """One device and eight: losses, gradients and runs on every kind of mesh, and samples."""
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import environment
 
 # Trains on each mesh, and writes what came out: losses, parameters, a gradient, samples, and where arrays lay.
 PROGRAM = """
@@ -88,12 +87,8 @@ MESHES = {  # changes of the config, and the share of the parameters that a devi
 
 
 def run(directory, devices: int, runs: dict[str, dict], sampled: str = ""):
-  environment = {
-    "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-  }  # fmt: skip
   command = [sys.executable, "-c", PROGRAM, str(directory), json.dumps(runs), sampled]
-  finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+  finished = subprocess.run(command, env=environment(devices), capture_output=True, text=True, timeout=600)
   assert finished.returncode == 0, finished.stderr
 
 

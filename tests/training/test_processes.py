@@ -1,7 +1,6 @@
 """Runs of several real processes of one machine, which find each other on a port of it."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, free_port, load_config
+from conftest import ROOT, environment, free_port, load_config
 
 from eqm_jax import devices, programs
 from eqm_jax.files import claimed
@@ -21,12 +20,6 @@ RUN = {
   "model.width": 16, "model.depth": 1, "model.num_heads": 2, "train.batch_size": 8, "train.log_every": 1,
   "checkpoint.every": 5, "evaluation.samples": 0,
 }  # fmt: skip
-
-
-def environment(devices: int = 1, **more: str) -> dict[str, str]:
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-  path = f"{ROOT}:{ROOT / 'tests'}"
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path, **more}
 
 
 def start(workdir, count: int, devices: int = 1, **changes) -> list[subprocess.Popen]:
@@ -161,6 +154,7 @@ def test_when_a_process_dies_the_others_stop_with_a_message(tmp_path, killed):
   assert "one of them ended" in output[1 - killed] or "JAX distributed service" in output[1 - killed], output
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all(tmp_path):
   """Only the first claims the workdir; the others hear of it as of a death."""
   with claimed(str(tmp_path)):
@@ -245,7 +239,7 @@ def check_epochs(seen: list[list[int]], copies: int = 1):
   "count, local, mesh, copies",
   [
     pytest.param(2, 2, ((-1, 1, 1), [0, 2, 1, 3]), 1, id="two, interleaved"),
-    pytest.param(2, 1, ((1, 1, 2), []), 2, id="two, tensor across them"),
+    pytest.param(2, 1, ((1, 1, 2), []), 2, id="two, tensor across them", marks=pytest.mark.slow),
     pytest.param(2, 1, ((-1, 1, 1), []), 1, id="two", marks=pytest.mark.slow),
     pytest.param(4, 1, ((2, 2, 1), [3, 0, 2, 1]), 1, id="four, in disorder", marks=pytest.mark.slow),
     pytest.param(4, 2, ((2, 1, 4), [0, 4, 1, 5, 2, 6, 3, 7]), 2, id="four, tensor across them", marks=pytest.mark.slow),

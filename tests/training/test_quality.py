@@ -1,11 +1,10 @@
 import json
-import os
 import subprocess
 import sys
 
 import jax
 import pytest
-from conftest import ROOT, free_port
+from conftest import environment, free_port
 
 from eqm_jax.data import shipped
 from eqm_jax.evaluation import comparison, samplers
@@ -76,6 +75,7 @@ def test_scores_that_were_found_in_another_way_are_left_out(config, tmp_path, mo
   assert json.loads((tmp_path / "best.json").read_text())["best"] == {"step": 6, "frechet": 4.0}
 
 
+@pytest.mark.slow
 def test_the_scores_do_not_touch_the_training(config, tmp_path, monkeypatch):
   start(config, tmp_path / "watched", [5.0, 2.0, 4.0, 3.0], monkeypatch)
   config.evaluation.during_training.every = 0
@@ -118,9 +118,8 @@ programs.run("train", config, workdir, None)
 @pytest.mark.slow
 def test_two_processes_judge_together(tmp_path):
   port = free_port()
-  environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
   commands = [[sys.executable, "-c", PROGRAM, str(process), str(port), str(tmp_path)] for process in range(2)]
-  running = [subprocess.Popen(one, env=environment, stderr=subprocess.PIPE, text=True) for one in commands]
+  running = [subprocess.Popen(one, env=environment(), stderr=subprocess.PIPE, text=True) for one in commands]
   for one in running:
     _, errors = one.communicate(timeout=400)
     assert one.returncode == 0, errors

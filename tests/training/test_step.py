@@ -81,7 +81,14 @@ def test_batches_that_are_not_finite_are_left_out_and_counted():
 
 @pytest.mark.parametrize(
   "attributes",
-  [{}, {"time_input": True}, {"learn_sigma": True}, {"energy": "scalar"}, {"patch_size": 4, "mlp_ratio": 2.0}],
+  [
+    {"energy": "scalar"},
+    {"patch_size": 4, "mlp_ratio": 2.0},
+    *(
+      pytest.param(attributes, marks=pytest.mark.slow)
+      for attributes in ({}, {"time_input": True}, {"learn_sigma": True})
+    ),
+  ],
   ids=str,
 )
 def test_the_formula_counts_what_the_compiler_counts(attributes):

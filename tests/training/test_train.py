@@ -66,9 +66,14 @@ def test_golden_step(tiny_config):
   loss_fn = functools.partial(
     step.batch_loss, model, tiny_config.objective, objective.Schedule(), batch, jax.random.key(1)
   )
-  loss, gradient = jax.jit(jax.value_and_grad(loss_fn))(perturbed(params))
+
+  def loss_and_norm(params):
+    loss, gradient = jax.value_and_grad(loss_fn)(params)
+    return loss, optax.tree.norm(gradient)
+
+  loss, norm = jax.jit(loss_and_norm)(perturbed(params))
   np.testing.assert_allclose(loss, GOLDEN_LOSS, rtol=1e-4)
-  np.testing.assert_allclose(optax.tree.norm(gradient), GOLDEN_GRADIENT_NORM, rtol=1e-3)
+  np.testing.assert_allclose(norm, GOLDEN_GRADIENT_NORM, rtol=1e-3)
 
 
 GOLDEN_LOSS, GOLDEN_GRADIENT_NORM = 18.841455, 4.002218
@@ -82,6 +87,7 @@ def golden_inputs(config):
   return model, batch, params
 
 
+@jax.jit
 def perturbed(params):
   """Away from the start, where the zero output layer hides all others."""
   leaves, structure = jax.tree.flatten(params)
@@ -96,16 +102,19 @@ def test_each_objective_trains_and_dispersion_is_added(tiny_config):
   def loss(model, params=params, **changes):
     config = tiny_config.objective.copy_and_resolve_references()
     config.update(changes)
-    return step.batch_loss(model, config, objective.Schedule(**config.schedule), batch, key, params)
+    loss_fn = functools.partial(step.batch_loss, model, config, objective.Schedule(**config.schedule), batch, key)
+    return jax.jit(loss_fn)(params)
 
   plain, dispersed = loss(model), loss(model, dispersive_weight=0.5)
-  _, tokens = model.apply({"params": params}, batch["image"], batch["label"], return_tokens=True)
+  tokens_of = functools.partial(model.apply, return_tokens=True)
+  _, tokens = jax.eval_shape(tokens_of, {"params": params}, batch["image"], batch["label"])
   assert dispersed < plain  # the logarithm of a mean of numbers below one
   assert tokens.shape == (4, 16, 16)
   # At the start the network answers zero: the flow-matching losses are those of (ε − x) alone.
   timed = model.clone(time_input=True)
-  np.testing.assert_allclose(loss(timed, kind="flow_matching"), loss(model, kind="flow_matching"), rtol=1e-6)
-  assert loss(model, kind="flow_matching") < plain
+  untimed = loss(model, kind="flow_matching")
+  np.testing.assert_allclose(loss(timed, kind="flow_matching"), untimed, rtol=1e-6)
+  assert untimed < plain
 
 
 def test_latents_are_drawn_anew_from_their_posterior():
@@ -115,7 +124,9 @@ def test_latents_are_drawn_anew_from_their_posterior():
   assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("changes", [{"optimizer.learning_rate": 1e18}, {"optimizer.eps": 0.0}])
+@pytest.mark.parametrize(
+  "changes", [{"optimizer.learning_rate": 1e18}, pytest.param({"optimizer.eps": 0.0}, marks=pytest.mark.slow)]
+)
 def test_what_is_not_finite_stops_with_the_step_and_never_gets_into_a_checkpoint(tiny_config, tmp_path, changes):
   """A rate that is too high, and a division by zero that spoils the parameters while the loss is still finite."""
   tiny_config.update_from_flattened_dict(
