@@ -176,5 +176,5 @@ def tiny_config() -> ml_collections.ConfigDict:
   config.train.update(steps=12, batch_size=8, log_every=4)
   config.checkpoint.every = 4
   config.optimizer.warmup_steps = 2
-  config.evaluation.update(samples=20, batch_size=10)
+  config.evaluation.update(samples=20, batch_size=2)  # each halving of the slots is a program of its own
   return config

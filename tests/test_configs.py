@@ -72,9 +72,9 @@ def small_photographs(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.autoencoder.batch_size = 10
   config.train.update(steps=3, batch_size=8)
   config.optimizer.warmup_steps = 1
-  config.evaluation.update(samples=10, batch_size=10, unit=10)
+  config.evaluation.update(samples=10, batch_size=2, unit=10)
   config.evaluation.during_training.update(every=3, samples=10)
-  config.sample.update(count=10, batch_size=10)
+  config.sample.update(count=10, batch_size=2)
   config.tasks.update(count=10, batch_size=10)
   config.tasks.inpaint.update(settle=2, tries=1)
   return config
@@ -85,9 +85,9 @@ def small_digits(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.model.update(width=16, depth=1, num_heads=2)
   config.train.update(steps=4, batch_size=8)
   config.optimizer.warmup_steps = 1
-  config.evaluation.update(samples=10, batch_size=10, unit=10)
+  config.evaluation.update(samples=10, batch_size=2, unit=10)
   config.evaluation.during_training.update(every=4, samples=10)
-  config.sample.update(count=10, batch_size=10)
+  config.sample.update(count=10, batch_size=2)
   config.tasks.update(count=10, batch_size=10)
   config.tasks.inpaint.update(settle=2, tries=1)
   return config

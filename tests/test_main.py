@@ -19,7 +19,8 @@ TINY = [
   "--config.train.batch_size=8",
   "--config.optimizer.warmup_steps=1",
   "--config.evaluation.samples=10",
-  "--config.evaluation.batch_size=10",
+  "--config.evaluation.batch_size=2",
+  "--config.sample.batch_size=2",
 ]
 
 

@@ -20,7 +20,7 @@ from eqm_jax.networks.dit import DiT
 
 @pytest.fixture
 def batching():
-  return samplers.Batching(10, jax.random.key(0), 4.0)
+  return samplers.Batching(2, jax.random.key(0), 4.0)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_real_samples_are_at_no_distance_from_themselves(
 def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, model_and_params, batching, tmp_path):
   for row in tiny_config.samplers.values():
     row.update(max_evaluations=1, threshold=0.0)
-  tiny_config.evaluation.update(samples=100, features=("raw", "classifier"))
+  tiny_config.evaluation.update(samples=100, features=("raw", "classifier"), rows=("gd",), pictured="none")
   tiny_config.evaluation.classifier.steps = 15
   report = run(tiny_config, *model_and_params, batching, tmp_path)
   for row in report["rows"].values():

@@ -23,7 +23,7 @@ def small_config(energy: str = "none"):
   config.model.update(width=16, depth=1, num_heads=2, energy=energy)
   config.train.update(steps=40, batch_size=32)
   config.checkpoint.every = 40
-  config.evaluation.update(samples=20, batch_size=20)
+  config.evaluation.update(samples=20, batch_size=2)
   config.tasks.update(count=12, batch_size=8, labels="own")
   config.tasks.inpaint.update(settle=3, tries=2)
   return config
@@ -46,7 +46,7 @@ def test_a_run_ends_with_its_evaluation_and_can_be_sampled(run, config):
   """For an energy as for a field: what is drawn, and what is pictured, follows the gradient."""
   report = json.loads((run[0] / "evaluation" / "evaluation.json").read_text())
   assert set(report["rows"]) == set(config.samplers) and (run[0] / "evaluation" / "descent.png").exists()
-  config.sample.update(count=4, batch_size=4)
+  config.sample.update(count=4, batch_size=2)
   programs.run("sample", config, str(run[0]), None)
   x = np.load(run[0] / "samples" / "samples.npz")["x"]
   pretrained, row = eqm_jax.load(run[0]), config.samplers.adaptive

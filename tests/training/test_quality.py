@@ -17,7 +17,7 @@ def start(config, workdir, distances, monkeypatch):
   known = comparison.Comparison(config.evaluation, shipped.digits(), None, 2)
   left = iter(distances)
   monkeypatch.setattr(comparison.Comparison, "scores", lambda self, parts: {"raw": {"frechet": next(left)}})
-  return train.train(config, str(workdir), None, known, samplers.Batching(10, jax.random.key(0), 4.0))
+  return train.train(config, str(workdir), None, known, samplers.Batching(2, jax.random.key(0), 4.0))
 
 
 def metrics(workdir) -> dict[int, float]:
@@ -92,7 +92,7 @@ def test_samples_that_cannot_be_compared_end_no_run(config, tmp_path, monkeypatc
     raise RuntimeError("the device has no room")
 
   monkeypatch.setattr(comparison.Comparison, "scores", failing)
-  assert train.train(config, str(tmp_path), None, known, samplers.Batching(10, jax.random.key(0), 4.0))
+  assert train.train(config, str(tmp_path), None, known, samplers.Batching(2, jax.random.key(0), 4.0))
   assert "evaluation during training: the device has no room" in caplog.text
   assert not (tmp_path / "best.json").exists()
 
@@ -140,4 +140,4 @@ def test_two_processes_judge_together(tmp_path):
 def test_bad_numbers_are_refused(config, changes, text):
   config.evaluation.during_training.update(changes)
   with pytest.raises(ValueError, match=text):
-    quality.check(config, DiT(**config.model), samplers.Batching(10, jax.random.key(0), 4.0))
+    quality.check(config, DiT(**config.model), samplers.Batching(2, jax.random.key(0), 4.0))

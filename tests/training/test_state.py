@@ -47,8 +47,9 @@ def test_the_average_starts_at_the_weights_and_follows_them():
   optimizer = state_lib.make_optimizer(optimizer_config(warmup_steps=0, learning_rate=0.1), 30)
   state = jax.jit(lambda: state_lib.init_state(model, optimizer, 0))()
   jax.tree.map(np.testing.assert_array_equal, state.params, state.ema_params)
-  gradient = jax.tree.map(jnp.ones_like, state.params)
+  gradient = jax.tree.map(np.ones_like, state.params)
   after = jax.jit(lambda state: state_lib.update(state, gradient, optimizer, ema_decay=0.9))(state)
+  state, after = jax.device_get((state, after))
   for start, now, average in zip(*(jax.tree.leaves(tree) for tree in (state.params, after.params, after.ema_params))):
     np.testing.assert_allclose(average, 0.9 * start + 0.1 * now, rtol=1e-5, atol=1e-7)
     assert not np.allclose(start, now)
