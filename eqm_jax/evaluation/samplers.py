@@ -243,9 +243,10 @@ def _lockstep_round(row, model, field_fn, label_N, index_DxU: np.ndarray, batchi
     part = index_DxU[:, first : first + size]
     index_Dxb[:, : part.shape[1]] = part
     index_B = np.where(index_Dxb < 0, index_Dxb.max(), index_Dxb).reshape(-1)
-    noise = sampler.start_noise(batching.key, index_B, model.input_shape)
-    placed = batching.place((jnp.asarray(label_N[index_B]), jnp.asarray(index_B), noise))
-    result = jax.device_get(_lockstep(row, model, field_fn, *placed, batching))
+    label_B, index_B = batching.place((jnp.asarray(label_N[index_B]), jnp.asarray(index_B)))
+    # Of indices that lie on the devices: each device makes the noise of its samples.
+    noise = batching.place(sampler.start_noise(batching.key, index_B, model.input_shape))
+    result = jax.device_get(_lockstep(row, model, field_fn, label_B, index_B, noise, batching))
     results.append(jax.tree.map(lambda leaf: leaf.reshape(ways, size, *leaf.shape[1:]), result))
     hardware += int(result.evaluations_B.max()) * len(index_B)
   return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *results), hardware

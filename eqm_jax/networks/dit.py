@@ -141,8 +141,9 @@ class DiT(nn.Module):
     """Whether the blocks run in the form for CPUs; parameters are always made by the other one."""
     if self.is_initializing() or self.block == "xla":
       return False
-    # A layer that is split over devices has its axes named in `Block`.
-    split = jax.sharding.get_abstract_mesh().size > 1
+    # A layer that is split over devices has its axes named in `Block`. In a shard_map each device has the whole layer.
+    mesh = jax.sharding.get_abstract_mesh()
+    split = any(size > 1 for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
     return self.block == "cpu" or (jax.default_backend() == "cpu" and not split)
 
   def _cpu_blocks(self, tokens_BxTxD, condition_BxD, training: bool):
