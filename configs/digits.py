@@ -114,12 +114,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.samplers = _samplers(variant)
   config.evaluation = config_dict.create(
     samples=40 if smoke else 1797,  # 0: none
-    batch_size=40 if smoke else 200,  # samples in flight on each device
+    batch_size=40 if smoke else 200 if timed else 450,  # samples in flight on each device
     unit=40
     if smoke
     else 1797
     if timed
-    else 600,  # samples that a device draws as a whole; a killed evaluation goes on after these
+    else 900,  # samples that a device draws as a whole; a killed evaluation goes on after these
     seed=0,  # of the samples, which depend on (seed, sample index) alone
     weights="ema",  # "ema" or "model"
     labels="balanced",  # "balanced": every class in turn; or "random"

@@ -9,15 +9,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from eqm_jax import hardware
+
 log = logging.getLogger(__name__)
 
 # What gloo, NCCL and gRPC say when the other end is gone.
 LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|[Ss]ocket closed|remote process exited|heartbeat timeout")
+FORCED_DEVICES = "--xla_force_host_platform_device_count"
+TEXT_BYTES = 4096  # of a text that processes exchange
 
 
 @contextlib.contextmanager
@@ -155,3 +160,19 @@ def from_all(array: np.ndarray) -> np.ndarray:
     return array[None]
   words = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint32))
   return np.frombuffer(np.ascontiguousarray(words).tobytes(), array.dtype).reshape(-1, *array.shape)
+
+
+def computed_with() -> list[str]:
+  """What the bits of results depend on besides the program: one entry for each kind of process in the run.
+
+  Versions, kind of device and compiler flags; of CPUs also the processor and the number of threads. The same in every
+  process; all must call it.
+  """
+  device = jax.local_devices()[0]
+  found = [f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.device_kind]
+  if device.platform == "cpu":
+    found += [str(hardware.processor()), f"{hardware.xla_cpu_threads(jax.local_device_count())} threads"]
+  flags = os.environ.get("XLA_FLAGS", "").split()
+  found += sorted(flag for flag in flags if not flag.startswith(FORCED_DEVICES))  # these show in the threads
+  text = ", ".join(found).encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
+  return sorted({one.tobytes().decode(errors="ignore").rstrip() for one in from_all(np.frombuffer(text, np.uint8))})

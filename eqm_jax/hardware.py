@@ -1,4 +1,4 @@
-"""What accelerators can do, by the name that JAX gives them: peak rates, memory, links.
+"""What accelerators can do, by the name that JAX gives them: peak rates, memory, links. And which processor this is.
 
 TPUs: the pages of Cloud TPU's documentation on each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Google
 states the links of a chip together; v5e's and v6e's are stated for both directions, and halved here. What a program
@@ -9,6 +9,7 @@ than Google states). GPUs: NVIDIA's data sheets, dense bfloat16; of their memory
 import dataclasses
 import os
 import platform
+import re
 import sys
 
 
@@ -39,6 +40,68 @@ CHIPS = {  # by jax.Device.device_kind
 def chip_of(device_kind: str) -> Chip | None:
   """The entry of a device, or None: of CPUs nobody states such a number."""
   return CHIPS.get(device_kind)
+
+
+# Instruction sets that decide how a CPU multiplies matrices, and how fast, by their flags in /proc/cpuinfo.
+INSTRUCTION_SETS = {
+  "avx2": "AVX2",
+  "fma": "FMA",
+  "avx512f": "AVX-512",
+  "avx512_bf16": "AVX-512 bfloat16",
+  "amx_tile": "AMX",
+  "amx_bf16": "AMX bfloat16",
+  "asimd": "NEON",
+  "sve": "SVE",
+}
+# Lines of /proc/cpuinfo that tell the generation: many virtual machines give all processors of a maker one name.
+GENERATION = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+  """The CPU of this machine."""
+
+  name: str
+  generation: str  # maker and numbers; "": not known
+  instruction_sets: tuple[str, ...]  # of INSTRUCTION_SETS
+
+  def __str__(self) -> str:
+    return ", ".join(part for part in (self.name, self.generation, *self.instruction_sets) if part)
+
+
+def processor() -> Processor:
+  """From /proc/cpuinfo; elsewhere the name that Python knows."""
+  try:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+      first = file.read().split("\n\n")[0]  # all of them are of one kind
+  except OSError:
+    return Processor(platform.processor() or platform.machine(), "", ())
+  found = dict(re.findall(r"^([^:\n]*\S)\s*:[ \t]*(.+)$", first, re.MULTILINE))
+  flags = (found.get("flags") or found.get("Features") or "").split()
+  return Processor(
+    name=found.get("model name") or platform.machine(),
+    generation=" ".join(found[line] for line in GENERATION if line in found),
+    instruction_sets=tuple(name for flag, name in INSTRUCTION_SETS.items() if flag in flags),
+  )
+
+
+def cores() -> int:
+  """Those that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def xla_cpu_threads(devices: int) -> int:
+  """Threads over which XLA splits a product on a CPU, which decides in which order it is summed up.
+
+  All devices of a process share them: one for each core, or as many as the environment says (jaxlib reads two names, in
+  this order), but at least one for each of the `devices` that --xla_force_host_platform_device_count makes of the CPU.
+  """
+  for name in ("PJRT_NPROC", "NPROC"):
+    try:
+      return max(int(os.environ.get(name, "")), devices)
+    except ValueError:  # not set, or no number
+      continue
+  return max(cores(), devices)
 
 
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +10,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from eqm_jax import hardware
 from eqm_jax.benchmark import measure
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import sharding
 
-# Instruction sets that decide how fast a CPU multiplies matrices, by their flags in /proc/cpuinfo.
-INSTRUCTION_SETS = {
-  "avx2": "AVX2",
-  "fma": "FMA",
-  "avx512f": "AVX-512",
-  "avx512_bf16": "AVX-512 bfloat16",
-  "amx_tile": "AMX",
-  "amx_bf16": "AMX bfloat16",
-  "asimd": "NEON",
-  "sve": "SVE",
-}
 # What must be the same for two benchmarks to be comparable.
 SAME_MACHINE = ("platform", "device", "devices", "processor", "instruction_sets", "cores")
 REMEDY = (
@@ -36,14 +25,14 @@ REMEDY = (
 
 def describe(devices: Sequence[jax.Device]) -> dict[str, Any]:
   """The machine, as the results name it."""
-  processor, instruction_sets = _processor()
+  processor = hardware.processor()
   return {
     "platform": devices[0].platform,
     "device": devices[0].device_kind,
     "devices": len(devices),
-    "processor": processor,
-    "instruction_sets": instruction_sets,
-    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "processor": processor.name,
+    "instruction_sets": list(processor.instruction_sets),
+    "cores": hardware.cores(),
     "python": platform.python_version(),
     "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -118,18 +107,3 @@ def activation_bytes(model: DiT) -> int:
   }[model.remat]
   second_order = 1 if model.energy == "none" else 2
   return second_order * model.depth * block
-
-
-def _processor() -> tuple[str, list[str]]:
-  """(name, instruction sets) from /proc/cpuinfo; elsewhere from Python, without instruction sets."""
-  try:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-      text = file.read()
-  except OSError:
-    return platform.processor() or platform.machine(), []
-  name = re.search(r"model name\s*:\s*(.+)", text)
-  flags = re.search(r"(?:flags|Features)\s*:\s*(.+)", text)
-  present = set(flags[1].split()) if flags else set()
-  return (name[1] if name else platform.machine()), [
-    INSTRUCTION_SETS[flag] for flag in INSTRUCTION_SETS if flag in present
-  ]

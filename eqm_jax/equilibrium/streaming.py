@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eqm_jax.equilibrium import sampler
 from eqm_jax.equilibrium.field import as_pytree
 
-HALVINGS = 3  # how often the slots may shrink at the end; each is compiled on its own
+HALVINGS = 1  # how often the slots may shrink at the end; each width is compiled on its own, and saves ever less
 
 
 @flax.struct.dataclass

@@ -3,10 +3,10 @@
 import logging
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
+from eqm_jax import devices
 from eqm_jax.convert.fingerprint import fingerprint
 from eqm_jax.data.samples import Source
 from eqm_jax.evaluation import agreement, distances, features, pictures, plane, real, samplers, scores
@@ -38,6 +38,7 @@ class Comparison:
     self.in_plane = source is not None and source.shape == plane.SHAPE
     # What a classifier is fitted to decides what it sees.
     self._fitted_to = {"contents": source.contents, "samples": len(source)} if options.label_agreement else None
+    self.computed_with = devices.computed_with()
     self.real_N = self._classifier = None
     if options.label_agreement or self.in_plane:
       some = real.some(source)
@@ -100,6 +101,7 @@ class Comparison:
       "model": {**dit.attributes(model), "sha256": fingerprint(params)},
       "npz": self._options.npz,
       "agreement_with": self._fitted_to,
+      "computed_with": self.computed_with,  # a series has the bits of one kind of machine, whoever resumes it
     }
     parts = Parts(directory, name, about, len(label_N), self._options.unit)
     own, missing = parts.own(), parts.missing()
@@ -110,7 +112,7 @@ class Comparison:
     return parts
 
   def settings(self, row: ml_collections.ConfigDict, batching: samplers.Batching) -> dict[str, Any]:
-    """All that samples and their features depend on, but for the weights and the number of samples."""
+    """All that samples and their features depend on beyond rounding, but for the weights and the number of samples."""
     return {
       "row": row.to_dict(),
       "seed": self._options.seed,
@@ -119,7 +121,6 @@ class Comparison:
       "multiplier": batching.multiplier,
       "autoencoder": f"{batching.autoencoder} {batching.decoder_dtype}",
       "features": [space.identity for space, _ in self._spaces],
-      "computed_with": f"jax {jax.__version__}, {jax.devices()[0].device_kind}",
     }
 
   def scores(self, parts: Parts) -> dict[str, dict[str, float]]:

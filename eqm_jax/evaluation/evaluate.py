@@ -105,6 +105,7 @@ def _about(options, model: DiT, params: Any, known: comparison.Comparison, batch
     "versions": {"eqm_jax": eqm_jax.__version__, "python": platform.python_version()}
     | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
     "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+    "computed_with": known.computed_with,
     "batch_size": batching.batch_size,
     "unit": options.unit,
     "rows": {},

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 def fit(images: np.ndarray, labels: np.ndarray, num_classes: int, steps: int) -> tuple[Classifier, Any, float]:
   """Fits a classifier to three quarters of the images, on one device, so that it has the same bits on any number.
 
+  On CPUs that holds for one number of threads (`hardware.xla_cpu_threads`), on GPUs for deterministic operations.
+
   Args:
     images: [N, H, W, C] in [−1, 1].
     labels: [N].

@@ -62,6 +62,11 @@ def is_descent(row: ml_collections.ConfigDict) -> bool:
   return row.rule in rules.RULES
 
 
+def is_streamed(row: ml_collections.ConfigDict) -> bool:
+  """Whether the row is drawn by continuous batching: where all samples stop together, it would have nothing to do."""
+  return bool(is_descent(row) and row.streaming and (row.threshold or row.max_restarts))
+
+
 def check(name: str, row: ml_collections.ConfigDict, model: DiT, batching: Batching):
   """Refuses a row that could not be drawn.
 
@@ -94,7 +99,7 @@ def draw(
   name: str, row: ml_collections.ConfigDict, model: DiT, params: Any, label_N: np.ndarray, batching: Batching
 ) -> Drawn:
   """Draws one sample per label, with a progress bar."""
-  streams = is_descent(row) and row.streaming
+  streams = is_streamed(row)
   size = min(batching.batch_size * (STREAM_LENGTH if streams else 1), -(-len(label_N) // batching.ways))
   units = draw_units(name, row, model, params, label_N, batching, size, range(-(-len(label_N) // size)))
   drawn = joined(unit for _, unit in units)
@@ -131,7 +136,7 @@ def draw_units(
   """
   checked_labels(label_N, model.num_classes)
   field_fn = field.conditional_field(model, devices.replicate(params), **guidance_of(row))
-  streams = is_descent(row) and row.streaming
+  streams = is_streamed(row)
   part = _stream_round if streams else _lockstep_round
 
   def run(index_DxU: np.ndarray, **changes) -> tuple[sampler.Result, int]:
@@ -243,9 +248,10 @@ def _lockstep_round(row, model, field_fn, label_N, index_DxU: np.ndarray, batchi
     part = index_DxU[:, first : first + size]
     index_Dxb[:, : part.shape[1]] = part
     index_B = np.where(index_Dxb < 0, index_Dxb.max(), index_Dxb).reshape(-1)
-    noise = sampler.start_noise(batching.key, index_B, model.input_shape)
-    placed = batching.place((jnp.asarray(label_N[index_B]), jnp.asarray(index_B), noise))
-    result = jax.device_get(_lockstep(row, model, field_fn, *placed, batching))
+    label_B, index_B = batching.place((jnp.asarray(label_N[index_B]), jnp.asarray(index_B)))
+    # Of indices that lie on the devices: each device makes the noise of its samples.
+    noise = batching.place(sampler.start_noise(batching.key, index_B, model.input_shape))
+    result = jax.device_get(_lockstep(row, model, field_fn, label_B, index_B, noise, batching))
     results.append(jax.tree.map(lambda leaf: leaf.reshape(ways, size, *leaf.shape[1:]), result))
     hardware += int(result.evaluations_B.max()) * len(index_B)
   return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *results), hardware

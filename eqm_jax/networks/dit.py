@@ -83,8 +83,9 @@ class DiT(nn.Module):
     """How the blocks run where this is traced: "xla" or "cpu"."""
     if self.block != "auto":
       return self.block
-    # A layer that is split over devices has its axes named in `Block`.
-    split = jax.sharding.get_abstract_mesh().size > 1
+    # A layer that is split over devices has its axes named in `Block`. In a shard_map each device has the whole layer.
+    mesh = jax.sharding.get_abstract_mesh()
+    split = any(size > 1 for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
     return "cpu" if jax.default_backend() == "cpu" and not split else "xla"
 
   @nn.compact

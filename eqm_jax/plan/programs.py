@@ -129,7 +129,7 @@ def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   whole, slots = NamedSharding(mesh, PartitionSpec()), min(options.batch_size, options.unit)
   shapes = dit.parameter_shapes(model)
   params = jax.tree.map(lambda leaf: _placed(leaf, whole), shapes)
-  streams = samplers.is_descent(row) and row.streaming
+  streams = samplers.is_streamed(row)
   label_B = jax.ShapeDtypeStruct((options.unit if streams else slots,), jnp.int32, sharding=whole)
   noise = jax.ShapeDtypeStruct((slots, *model.input_shape), jnp.float32, sharding=whole)
 

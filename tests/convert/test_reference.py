@@ -53,7 +53,7 @@ def test_export_can_add_the_second_output_half_that_the_released_scripts_expect(
   assert again.model.learn_sigma
   x, y = reference.image("x", np.float32), reference.label("y")
   f, g = (p.model.apply({"params": p.params}, x, y) for p in (pretrained, again))
-  np.testing.assert_array_equal(f, g)
+  np.testing.assert_allclose(f, g, rtol=1e-5, atol=1e-6)  # a wider product may be summed in another order
 
 
 def test_both_sets_of_weights_are_there(reference):

@@ -144,7 +144,7 @@ def test_a_run_in_parts_of_batches_is_the_run(all_meshes, name):
   assert found["losses"] < 2e-5 and found["params"] < 1e-3
 
 
-@pytest.mark.slow  # that they have the same bits when they are evaluated is tested elsewhere
+@pytest.mark.slow  # their evaluation is tested elsewhere
 def test_samples_do_not_depend_on_the_number_of_devices(all_meshes):
   one, eight = (np.load(all_meshes / f"samples_{count}.npz") for count in (1, 8))
   for name in one:
