@@ -50,7 +50,9 @@ def batches(
   """
   order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
   # A random generator for each sample costs more than reading a small one: only where it is needed.
-  data = order.random_map(_Reader(source, flip)) if flip else order.map(functools.partial(_Reader(source, flip), rng=None))
+  data = (
+    order.random_map(_Reader(source, flip)) if flip else order.map(functools.partial(_Reader(source, flip), rng=None))
+  )
   data = data.repeat()
   rows = range(batch_size) if rows is None else rows
   # An endless stream has no remainder; grain's length of one that keeps it overflows.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, free_port
+from conftest import environment, free_port
 from PIL import Image
 
 from eqm_jax.data import shipped
@@ -335,12 +335,9 @@ THREADS = 8
 
 
 def start(directory, *, devices: int = 1, process: int = 0, processes: int = 1, port: int = 0) -> subprocess.Popen:
-  environment = {
-    "PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu", "NPROC": str(THREADS),
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
-  }  # fmt: skip
   command = [sys.executable, "-c", PROGRAM, str(directory), *map(str, (process, processes, port))]
-  return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  variables = environment(devices, NPROC=str(THREADS))
+  return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen) -> dict:

@@ -87,6 +87,7 @@ def check_against_one_process(workdir, tmp_path, saved: int, monkeypatch):
     np.testing.assert_allclose(leaf, other, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_are_preempted_and_one_goes_on_on_another_mesh(tmp_path, monkeypatch):
   saved = preempted(tmp_path / "two", 2, data=2, fsdp=2)
   check_against_one_process(tmp_path / "two", tmp_path, saved, monkeypatch)
@@ -144,7 +145,8 @@ def test_what_one_process_cannot_read_no_process_uses(tmp_path, monkeypatch):
   assert steps == list(range(1, 11))
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [1, 0])
 def test_when_a_process_dies_the_others_stop_with_a_message(tmp_path, killed):
   running = start(tmp_path, 2, **LONG, **{"mesh.data": 2})
   wait_for_step(running, tmp_path, 3)
