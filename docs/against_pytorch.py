@@ -9,7 +9,7 @@ network (S/2 or B/4, float32, batch 8), and parameters that are not zero, so tha
 
 forward    one call of the network
 step       corruption, loss, gradient, AdamW and the average of the weights
-descent    one evaluation of the network inside a descent of 10 evaluations (theirs: the loop of their sampling script)
+descent    one evaluation of the network inside a descent of 4 evaluations (theirs: the loop of their sampling script)
 guided     the same with guidance 1.5, which takes twice the batch
 """
 
@@ -23,7 +23,8 @@ import time
 
 SIZES = {"S/2": (12, 384, 6, 2), "B/4": (12, 768, 12, 4)}  # depth, width, heads, patch
 CASES = ("forward", "step", "descent", "guided")
-BATCH, NFE, STEP_SIZE, GUIDANCE = 8, 10, 0.003, 1.5
+BATCH, NFE = 8, 4
+STEP_SIZE, GUIDANCE = 0.003, 1.5
 
 
 def main():

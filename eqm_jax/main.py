@@ -38,11 +38,8 @@ def main(argv: list[str]):
 
   if alone := MODE.value == "plan":  # and without devices, wherever it runs
     topology.on_any_machine()
-  with (
-    contextlib.nullcontext()
-    if alone
-    else devices.joined(ADDRESS.value, PROCESSES.value, PROCESS.value, saves=MODE.value == "train")
-  ):
+  given = ADDRESS.value, PROCESSES.value, PROCESS.value
+  with contextlib.nullcontext() if alone else devices.joined(*given, saves=MODE.value == "train"):
     log.setLevel(logging.WARNING if devices.process()[0] else logging.INFO)  # what is the same is told once
     options = {flag.name: flag.value for flag in (TOPOLOGY, SEARCH, COMPARE, COMPARE_ANY)}
     programs.run(MODE.value, CONFIG.value, os.path.abspath(WORKDIR.value), CHECKPOINT.value, **options)

@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import runpy
 import shutil
+import signal
 import socket
 import struct
 import tempfile
@@ -43,6 +44,9 @@ from PIL import Image
 
 from eqm_jax.convert import torch_file
 from eqm_jax.training import checkpoint
+
+# A shell that starts tests in the background has them ignore SIGINT, and so would the scripts that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEADS = {"eqm_tiny": 4, "eqm_tiny_p4": 3}  # what the .pt files cannot tell

@@ -155,7 +155,7 @@ TASKS = ("denoise", "ood", "compose", "inpaint")
   "small, modes",
   [
     pytest.param(small_photographs, ("denoise", "inpaint"), id="photographs", marks=pytest.mark.slow),
-    pytest.param(small_digits, (), id="digits"),
+    pytest.param(small_digits, (), id="digits", marks=pytest.mark.slow),
     pytest.param(small_digits, TASKS, id="digits, tasks", marks=pytest.mark.slow),
     pytest.param(small_imagenet, (), id="imagenet256", marks=pytest.mark.slow),
     pytest.param(small_cifar10, (), id="cifar10", marks=pytest.mark.slow),

@@ -54,6 +54,7 @@ def test_a_run_writes_what_it_promises(trained):
   assert list((trained / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_evaluating_again_with_another_sampler_needs_no_training(trained):
   finished = run(*TINY, f"--workdir={trained}", "--mode=evaluate", "--config.samplers.gd.max_evaluations=3")
   assert finished.returncode == 0, finished.stderr
@@ -62,6 +63,7 @@ def test_evaluating_again_with_another_sampler_needs_no_training(trained):
   assert "step 1/" not in finished.stderr
 
 
+@pytest.mark.slow
 def test_samples_go_to_files(trained):
   asked = ["--config.sample.count=5", "--config.sample.labels=3,7-8", "--config.sample.images=True"]
   row = "--config.samplers.adaptive."

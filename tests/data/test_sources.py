@@ -14,6 +14,7 @@ def test_digits_are_all_there_in_minus_one_to_one():
   np.testing.assert_allclose((images[..., 0] + 1) * 8, sklearn.datasets.load_digits().images)
 
 
+@pytest.mark.slow
 def test_mnist_is_averaged_and_mixed():
   small, full = (sources.open_source("mnist", {"size": size}) for size in (14, 28))
   assert small.images.shape == (5000, 14, 14, 1) and full.images.shape == (5000, 28, 28, 1)

@@ -105,6 +105,7 @@ def test_asymmetry_of_known_jacobians(matrix, expected):
   np.testing.assert_allclose(found, expected, atol=0.15)
 
 
+@pytest.mark.slow
 def test_an_energy_of_zero_output_cannot_learn_from_l2_alone():
   """Why l2 needs a warm start: with a zero output layer every parameter gradient is exactly 0; dot's is not."""
   x = jax.random.normal(jax.random.key(2), (3, 4, 4, 2))

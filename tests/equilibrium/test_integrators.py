@@ -86,6 +86,7 @@ def test_reverse_leads_back_to_the_noise():
     np.testing.assert_allclose(noise, X0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_euler_maruyama_keeps_the_marginals_of_flow_matching():
   """Data N(2, 0.5²): the exact velocity is known, and both equations must end on the data."""
   mean, deviation = 2.0, 0.5

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -67,6 +66,7 @@ def test_real_samples_are_at_no_distance_from_themselves(
   assert 0.95 < report["features"]["label_agreement"]["classifier_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, model_and_params, batching, tmp_path):
   for row in tiny_config.samplers.values():
     row.update(max_evaluations=1, threshold=0.0)
@@ -190,6 +190,7 @@ def test_units_that_no_other_process_has_made_are_told(tmp_path):
     series.wait(0.0)
 
 
+@pytest.mark.slow
 def test_repeats_take_turns_and_integrators_have_rows(tiny_config, model_and_params, batching, tmp_path):
   tiny_config.samplers.nag.update(rule="heun", momentum=0.0, max_evaluations=4)
   tiny_config.evaluation.update(repeats=2, timed=("gd",), pictured="none")
@@ -362,6 +363,7 @@ def assert_same_to_rounding(report: dict, expected: dict):
     assert row["evaluations"] == other["evaluations"] and row["label_agreement"] == other["label_agreement"]
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_give_the_same_to_rounding(tmp_path, on_one_device):
   found = finish(start(tmp_path, devices=8))
   assert found["devices"] == 8

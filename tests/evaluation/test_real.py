@@ -145,6 +145,7 @@ def test_a_classifier_needs_classes():
     features.open_features("classifier", options, (images, np.zeros(8, int), 1), True)
 
 
+@pytest.mark.slow
 def test_the_classifier_is_the_same_each_time_and_sees_the_digits():
   options = load_config("digits").evaluation
   options.classifier.steps = 25

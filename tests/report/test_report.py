@@ -60,6 +60,7 @@ def small_config():
   return config
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
   """A claim that fails costs that claim alone: models and finished claims are kept, and not made again."""
   asked = []

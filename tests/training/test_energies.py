@@ -61,6 +61,7 @@ def test_l2_learns_from_a_warm_start(implicit, tmp_path):
   assert loss_of(config, after.params) < 0.9 * loss_of(config, before.params)
 
 
+@pytest.mark.slow
 def test_a_warm_start_begins_with_the_average_of_the_other_model(implicit, tmp_path):
   config = small_config(**{"train.init_from": implicit, "train.steps": 1, "checkpoint.every": 1})
   config.optimizer.update(warmup_steps=1)  # the first step has learning rate 0

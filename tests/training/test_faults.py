@@ -302,6 +302,7 @@ def spoilt(tiny_config, monkeypatch):
   return spoil
 
 
+@pytest.mark.slow
 def test_spoilt_batches_are_left_out_told_and_counted(spoilt, tmp_path, caplog):
   config = spoilt(5)  # in one of the three batches of each epoch
   config.optimizer.skip_nonfinite = 2

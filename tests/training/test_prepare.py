@@ -50,6 +50,7 @@ def directory(trained, tmp_path) -> pathlib.Path:
   return tmp_path / "copy"
 
 
+@pytest.mark.slow
 def test_the_chain_records_its_autoencoder_all_along(trained):
   module, params = pretrained.load_autoencoder(str(trained / "autoencoder"))
   manifest = latents.read_manifest(str(trained / "latents"))
@@ -69,6 +70,7 @@ def test_the_chain_records_its_autoencoder_all_along(trained):
   np.testing.assert_allclose([cached.side(i, 1)["mean"] for i in range(3)], mirrored * module.scaling_factor, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_an_export_keeps_the_record(trained, tmp_path):
   loaded = eqm_jax.load(trained / "run")
   eqm_jax.save_pretrained(tmp_path / "export", loaded.model, loaded.params, autoencoder=loaded.autoencoder)
@@ -77,6 +79,7 @@ def test_an_export_keeps_the_record(trained, tmp_path):
   assert eqm_jax.load(tmp_path / "pixels").autoencoder is None
 
 
+@pytest.mark.slow
 def test_samples_are_decoded(trained):
   config = small(trained)
   config.autoencoder.dtype = "bfloat16"  # of a decoder: free
@@ -93,6 +96,7 @@ def test_samples_are_decoded(trained):
   assert len(list((trained / "run" / "samples" / "images").iterdir())) == 5
 
 
+@pytest.mark.slow
 def test_prepared_again_it_only_verifies(trained, caplog):
   before = {file.name: file.stat().st_mtime_ns for file in (trained / "latents").iterdir()}
   with caplog.at_level("INFO"):
@@ -101,6 +105,7 @@ def test_prepared_again_it_only_verifies(trained, caplog):
   assert {file.name: file.stat().st_mtime_ns for file in (trained / "latents").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_without_a_cache_images_are_encoded_in_each_step(trained, tmp_path):
   config = small(trained, "online")
   programs.run("train", config, str(tmp_path / "run"), None)
@@ -186,6 +191,7 @@ def damage_shard(directory):
     ("prepare", damage_shard, {}, "its SHA-256 is not that of manifest.json"),
   ],
 )
+@pytest.mark.slow
 def test_links_that_do_not_fit_are_refused(directory, mode, harm, changes, message):
   if harm:
     harm(directory)
@@ -195,6 +201,7 @@ def test_links_that_do_not_fit_are_refused(directory, mode, harm, changes, messa
     programs.run(mode, config, str(directory / "run"), None)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_latents_of_another_autoencoder(directory):
   replace_autoencoder(directory)
   forget_latents(directory)
@@ -204,6 +211,7 @@ def test_a_run_does_not_go_on_with_latents_of_another_autoencoder(directory):
     programs.run("train", config, str(directory / "run"), None)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_number_of_samples(directory):
   forget_latents(directory)
   config = small(directory)
@@ -212,6 +220,7 @@ def test_a_run_does_not_go_on_with_another_number_of_samples(directory):
     programs.run("train", config, str(directory / "run"), None)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_an_interrupted_start_is_begun_again(directory):
   """Killed while the autoencoder was saved, and before: what is left has other names."""

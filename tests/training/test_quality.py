@@ -32,6 +32,7 @@ def config(tiny_config):
   return tiny_config
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_can_be_loaded(config, tmp_path, monkeypatch):
   assert start(config, tmp_path, [5.0, 2.0, 4.0, 3.0], monkeypatch)
   assert metrics(tmp_path) == {3: 5.0, 6: 2.0, 9: 4.0, 12: 3.0}

@@ -41,6 +41,7 @@ def steps():
 
 
 @pytest.mark.parametrize("name", ["in parts", "full"])
+@pytest.mark.slow
 def test_less_memory_for_the_same_gradient(steps, name):
   (plain, initial, batch), (other, other_initial, _) = steps["plain"], steps[name]
   temporary = [compiled.memory_analysis().temp_size_in_bytes for compiled in (plain, other)]
@@ -54,6 +55,7 @@ def test_less_memory_for_the_same_gradient(steps, name):
   np.testing.assert_allclose(moments[1], moments[0], atol=1e-6 * np.abs(moments[0]).max())
 
 
+@pytest.mark.slow
 def test_the_state_is_updated_in_place(steps):
   compiled, initial, batch = steps["plain"]
   initial = jax.tree.map(jnp.copy, initial)
@@ -107,3 +109,17 @@ def test_known_sizes_take_the_published_flops():
     model = DiT(**load_config("imagenet256", name).model)
     np.testing.assert_allclose(flops.forward(model) / 2, published, rtol=0.01)
   assert flops.training(model) == 3 * flops.forward(model)
+
+
+@pytest.mark.parametrize("width, without", [(8, False), (4096, True)])
+def test_large_activations_of_cpus_are_multiplied_without_ynnpack(tiny_config, width, without):
+  tiny_config.model.width = width
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1)
+  options = step._compiler_options(DiT(**tiny_config.model), 128, mesh)
+  assert options in ((step.WITHOUT_YNNPACK, None) if without else (None,))  # None: a version without the option
+
+
+def test_an_option_that_the_compiler_does_not_know_is_left_out(tiny_config, monkeypatch):
+  tiny_config.model.width = 4096
+  monkeypatch.setattr(step, "WITHOUT_YNNPACK", {"xla_no_such_option": "1"})
+  assert step._compiler_options(DiT(**tiny_config.model), 128, sharding.make_mesh(data=1, fsdp=1, tensor=1)) is None
