@@ -49,7 +49,7 @@ told = []
 for number in (signal.SIGTERM, signal.SIGINT):
   if signal.getsignal(number) != signal.SIG_IGN:  # else Python would not hear of it either
     signal.signal(number, lambda number, frame: told.append(signal.Signals(number).name))
-os.write(2, f"process {name} is here\n".encode())
+os.write(2, f"process {name} is here\\n".encode())
 record = {"arguments": sys.argv[1:], "xla_flags": os.environ.get("XLA_FLAGS"), "directory": os.getcwd()}
 record["compiled"] = os.environ.get("JAX_COMPILATION_CACHE_DIR")
 (records / f"{name}.partial").write_text(json.dumps(record))
