@@ -1,10 +1,10 @@
 """EqM on scikit-learn's 1,797 handwritten digits (8×8 pixels, 10 classes).
 
 Command:   python -m eqm_jax.main --config=configs/digits.py --workdir=runs/digits
-Hardware:  two CPU cores, 4 GiB: one to two minutes of training and one of evaluation
-Expected:  Fréchet distance in pixel space 0.23 (adaptive) and 0.34 (fixed), 0.29 being that of two
-           halves of the real digits, and in a classifier's features 0.19, 0.30 and 0.64; label
-           agreement 0.98; adaptive descent takes 108 evaluations on average. The loss ends near 5.3, 0.39 of E[c²].
+Hardware:  two CPU cores with AVX2, 4 GiB: two minutes of training and two of evaluation, compilation included
+Expected:  Fréchet distance in pixel space 0.24 (adaptive) and 0.32 (fixed), 0.29 being that of two
+           halves of the real digits, and in a classifier's features 0.19, 0.28 and 0.64; label
+           agreement 0.99; adaptive descent takes 107 evaluations on average. The loss ends near 5.3, 0.39 of E[c²].
 """
 
 import ml_collections
