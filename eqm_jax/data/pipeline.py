@@ -1,6 +1,5 @@
 """From a source to an endless stream of batches, with a position that can be saved."""
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,10 +49,8 @@ def batches(
   """
   order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
   # A random generator for each sample costs more than reading a small one: only where it is needed.
-  data = (
-    order.random_map(_Reader(source, flip)) if flip else order.map(functools.partial(_Reader(source, flip), rng=None))
-  )
-  data = data.repeat()
+  reader = _Reader(source, flip)
+  data = (order.random_map(reader) if flip else order.map(reader)).repeat()
   rows = range(batch_size) if rows is None else rows
   # An endless stream has no remainder; grain's length of one that keeps it overflows.
   data = grain.MapDataset.source(_Rows(data, batch_size, rows)).batch(len(rows), drop_remainder=True)
@@ -96,7 +93,7 @@ class _Reader:
   def __init__(self, source: Source, flip: bool):
     self._source, self._flip = source, flip
 
-  def __call__(self, index: int, rng: np.random.Generator | None) -> Sample:
+  def __call__(self, index: int, rng: np.random.Generator | None = None) -> Sample:
     mirror = self._flip and bool(rng.integers(2))
     if isinstance(self._source, Latents):  # the autoencoder saw both sides
       sample = self._source.side(index, int(mirror))

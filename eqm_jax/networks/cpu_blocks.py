@@ -10,7 +10,7 @@ The parameters are those of `dit.Block`, and so are the numbers, to rounding. Wh
   (`jax.jvp`, `jax.jacfwd`), which training does not need.
 """
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,8 +64,7 @@ def blocks(
 def _flat(layer: Any, inputs: int) -> tuple[jax.Array, jax.Array]:
   """Kernel [in, out] and bias [out] of a layer whose kernel's first `inputs` axes are contracted."""
   kernel = layer["kernel"]
-  size = functools.reduce(lambda product, length: product * length, kernel.shape[:inputs])
-  return kernel.reshape(size, -1), layer["bias"].reshape(-1)
+  return kernel.reshape(math.prod(kernel.shape[:inputs]), -1), layer["bias"].reshape(-1)
 
 
 # ---------------------------------------------------------------- activation, then dense layer
