@@ -25,6 +25,7 @@ SIZES = {"S/2": (12, 384, 6, 2), "B/4": (12, 768, 12, 4)}  # depth, width, heads
 CASES = ("forward", "step", "descent", "guided")
 BATCH, NFE = 8, 4
 STEP_SIZE, GUIDANCE = 0.003, 1.5
+SETTLE = 1.0  # seconds before each call: threads of the library that ran before spin on after their last product
 
 
 def main():
@@ -72,6 +73,7 @@ def start(side: str, size: str, options: argparse.Namespace) -> subprocess.Popen
 
 def ask(process: subprocess.Popen, case: str) -> float:
   """The seconds of one case, measured by the process."""
+  time.sleep(SETTLE)
   process.stdin.write(case + "\n")
   process.stdin.flush()
   line = process.stdout.readline()

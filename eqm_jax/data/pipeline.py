@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from eqm_jax.data.latents import Latents
-from eqm_jax.data.samples import Sample, Source
+from eqm_jax.data.samples import Images, Sample, Source
 
 
 def batches(
@@ -48,12 +48,15 @@ def batches(
     ValueError: while it runs, for a damaged image or a label that is no class, naming the sample.
   """
   order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-  # A random generator for each sample costs more than reading a small one: only where it is needed.
-  reader = _Reader(source, flip)
-  data = (order.random_map(reader) if flip else order.map(reader)).repeat()
   rows = range(batch_size) if rows is None else rows
-  # An endless stream has no remainder; grain's length of one that keeps it overflows.
-  data = grain.MapDataset.source(_Rows(data, batch_size, rows)).batch(len(rows), drop_remainder=True)
+  if isinstance(source, Images) and not flip:  # a call for each sample would take longer than the copy
+    data = grain.MapDataset.source(_Gathered(order.repeat(), source, batch_size, rows))
+  else:
+    reader = _Reader(source, flip)
+    # A random generator for each sample costs more than reading a small one: only where it is needed.
+    data = (order.random_map(reader) if flip else order.map(reader)).repeat()
+    # An endless stream has no remainder; grain's length of one that keeps it overflows.
+    data = grain.MapDataset.source(_Rows(data, batch_size, rows)).batch(len(rows), drop_remainder=True)
   stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
   if workers:
     if not absl.flags.FLAGS.is_parsed():  # of a notebook or a library; grain asks for one of its own flags
@@ -85,6 +88,21 @@ class _Rows:
   def __getitem__(self, index: int) -> Sample:
     batch, place = divmod(index, len(self._rows))
     return self._stream[batch * self._batch_size + self._rows[place]]
+
+
+class _Gathered:
+  """Some rows of every batch of an endless stream of indices, gathered from images in memory."""
+
+  def __init__(self, order: grain.MapDataset, source: Images, batch_size: int, rows: Sequence[int]):
+    self._order, self._source = order, source
+    self._batch_size, self._rows = batch_size, [int(row) for row in rows]
+
+  def __len__(self):
+    return len(self._order) // self._batch_size
+
+  def __getitem__(self, index: int) -> Sample:
+    indices = [self._order[index * self._batch_size + row] for row in self._rows]
+    return {"image": self._source.images[indices], "label": self._source.labels[indices]}
 
 
 class _Reader:

@@ -48,6 +48,31 @@ def test_processes_share_the_same_global_batches(count):
   np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
+class OneByOne:
+  """The images of another source, which cannot be gathered as one array."""
+
+  def __init__(self, source: samples.Images):
+    self._source, self.num_classes = source, source.num_classes
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index: int):
+    return self._source[index]
+
+
+@pytest.mark.parametrize("rows", [None, [0, 3]])
+def test_images_in_memory_give_the_batches_and_positions_that_reading_one_by_one_gives(rows):
+  gathered = pipeline.batches(numbered(10), **OPTIONS, rows=rows)
+  read = pipeline.batches(OneByOne(numbered(10)), **OPTIONS, rows=rows)
+  for _ in range(7):
+    batch, expected = next(gathered), next(read)
+    for key in ("image", "label"):
+      np.testing.assert_array_equal(batch[key], expected[key])
+      assert batch[key].dtype == expected[key].dtype
+    assert gathered.get_state() == read.get_state()
+
+
 def test_rows_need_be_no_range():
   whole = labels(pipeline.batches(numbered(10), **OPTIONS), 7)
   for rows in ([0, 3], [1, 2], [1, 2, 3]):
@@ -127,7 +152,7 @@ def test_moments_come_from_either_side(tmp_path):
 
 
 def test_what_cannot_be_is_refused():
-  source = numbered(10)
+  source = OneByOne(numbered(10))
   source.num_classes = 9  # as of a data set whose labels nobody has seen before
   with pytest.raises(ValueError, match="sample 9 has label 9, but num_classes = 9"):
     labels(pipeline.batches(source, **OPTIONS), 5)

@@ -116,10 +116,10 @@ def test_large_activations_of_cpus_are_multiplied_without_ynnpack(tiny_config, w
   tiny_config.model.width = width
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1)
   options = step._compiler_options(DiT(**tiny_config.model), 128, mesh)
-  assert options in ((step.WITHOUT_YNNPACK, None) if without else (None,))  # None: a version without the option
+  assert options in ((step.SUMS_BY_YNNPACK, None) if without else (None,))  # None: a version without the option
 
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out(tiny_config, monkeypatch):
   tiny_config.model.width = 4096
-  monkeypatch.setattr(step, "WITHOUT_YNNPACK", {"xla_no_such_option": "1"})
+  monkeypatch.setattr(step, "SUMS_BY_YNNPACK", {"xla_no_such_option": "1"})
   assert step._compiler_options(DiT(**tiny_config.model), 128, sharding.make_mesh(data=1, fsdp=1, tensor=1)) is None
