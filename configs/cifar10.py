@@ -1,223 +1,35 @@
 """EqM on CIFAR-10, 32×32 pixels, 10 classes, read through TFDS.
 
 Command:   python -m eqm_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
-Hardware:  one accelerator; not run by us. 36 GFLOP per image and step: 400,000 steps of 256 take an
-           estimated 10 hours at half of the peak of one v5e chip (197 TFLOP/s, bfloat16).
-Expected:  the paper's FID is 3.36, without classes and with a U-Net; this is a transformer with classes, which
-           nobody has measured.
+Hardware:  one accelerator; not run by us. 36 GFLOP per image and step: 400,000 steps of 256 take an estimated 10 hours
+           at half of the peak of one v5e chip (197 TFLOP/s, bfloat16).
+Expected:  the paper's FID is 3.36, without classes and with a U-Net; this is a transformer with classes, which nobody
+           has measured.
 Data:      a TFDS build of cifar10 under data/tfds (docs/data.md): 50,000 training images, with which samples are
-           compared in Inception's features (docs/evaluation.md tells where its weights are).
+           compared in Inception's features (docs/evaluation.md says where to get its weights).
 """
 
-import ml_collections
-from ml_collections import config_dict
+import pathlib
+import runpy
+import types
+
+base = types.SimpleNamespace(**runpy.run_path(str(pathlib.Path(__file__).with_name("base.py"))))
+VARIANTS = {}
 
 
-def get_config() -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict()
-  config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
-
-  config.data = config_dict.create(
-    source="tfds",  # one of data/sources.py
-    options=config_dict.create(  # its arguments
-      name="cifar10",
-      path="data/tfds",  # where the builds are
-      split="train",
-      size=32,  # pixels
-      channels=3,
-    ),
-    flip=True,  # mirror half of the images
-    threads=16,  # that read ahead
-    workers=0,  # processes that read; 0: this one
-  )
-  config.autoencoder = config_dict.create(  # of models of latents
-    path="",  # "": the samples are pixels, nothing is decoded
-    name="",  # which it is, your word; recorded wherever its latents go
-    sha256="",  # of its parameters, where they must be certain ones
-    dtype="float32",  # of its convolutions: "float32" or "bfloat16"
-    batch_size=32,  # images that it takes at a time on each device
-  )
-  config.model = config_dict.create(  # the attributes of networks.dit.DiT
-    input_size=32,  # pixels
-    channels=3,
-    patch_size=2,  # pixels
-    width=384,
-    depth=12,  # blocks
-    num_heads=6,
-    num_classes=10,  # label 10 is "no class"
-    mlp_ratio=4.0,
-    time_input=False,  # True: a flow-matching network, told γ
-    learn_sigma=False,  # True: carry the unused second output half of the released code
-    dtype="bfloat16",  # of the matrix products: "float32" or "bfloat16"
-    unroll=1,  # blocks per scan iteration
-    remat="none",  # "none", "dots", "dots_no_batch" or "full": what the backward pass computes again
-    attention="xla",  # "xla" or "cudnn"
-    block="auto",  # how blocks are written: "xla" for TPUs and GPUs, "cpu", or "auto": by the backend
-    energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
-  )
-  config.objective = config_dict.create(
-    kind="equilibrium",  # or "flow_matching"
-    schedule=config_dict.create(  # c(γ)
-      kind="truncated",  # "constant", "linear", "truncated" or "piecewise"
-      a=0.8,  # γ from which c falls to zero
-      b=2.0,  # c(0) of "piecewise"
-      multiplier=4.0,  # λ
-    ),
-    label_dropout=0.1,  # share of samples that are trained without their class
-    dispersive_weight=0.0,  # 0 or the reference's 0.5
-    clean_share=0.0,  # share of samples at γ = 1 exactly; helps in few dimensions
-    second_order="reverse_over_reverse",  # or "forward_over_reverse": the loss's derivative, for an energy
-  )
-  config.optimizer = config_dict.create(  # AdamW
-    learning_rate=2e-4,
-    schedule="cosine",  # after the warm-up: "constant" or "cosine" (to zero at the last step)
-    warmup_steps=5000,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    weight_decay=0.0,
-    clip_norm=0.0,  # of the global gradient; 0: no clipping
-    skip_nonfinite=0,  # batches in a row whose gradient is not finite that are left out; 0: the first stops the run
-    ema_decay=0.9999,
-  )
-  config.train = config_dict.create(
-    steps=400_000,
-    batch_size=256,
-    accumulate=1,  # parts of the batch, computed one after another: less memory, the same gradient
-    log_every=100,  # steps
-    profile=(0, 0),  # first and last step of a trace in WORKDIR/profile; (0, 0): none
-    init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
-  )
-  config.checkpoint = config_dict.create(
-    every=10_000,  # steps
-    keep=2,  # newest checkpoints
-  )
-  config.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1: the rest
-  config.sharding = config_dict.create(
-    rules=(),  # (regex of the parameter's path, mesh axis of each array axis); none fits: fsdp splits the largest
-    ema="parameters",  # lies as the parameters do, or split over all "devices", which with data > 1 takes less memory
-  )
-
-  config.samplers = config_dict.create(  # one row of the evaluation each
-    gd=_row(),
-    nag=_row(rule="nag", momentum=0.3),
-    adaptive=_row(threshold=9.0),
-  )
-  config.evaluation = config_dict.create(
-    samples=10_000,  # 0: none
-    batch_size=512,  # samples in flight on each device
-    unit=1000,  # samples that a device draws as a whole; a killed evaluation goes on after these
-    seed=0,  # of the samples, which depend on (seed, sample index) alone
-    weights="ema",  # "ema" or "model"
-    labels="balanced",  # "balanced": every class in turn; or "random"
-    rows=(),  # the samplers that are evaluated; (): all
-    # What samples are compared in: "raw", their own numbers (pixels, latents, points); "classifier", the features of a
-    # small network fitted to the real images; "inception", as everyone's FID is.
-    features=("inception",),
-    classifier=config_dict.create(steps=300),  # of its fit
-    inception=config_dict.create(
-      path="data/pt_inception-2015-12-05-6726825d.pth",  # the published weights (docs/evaluation.md)
-      resize="tf1",  # to 299×299: "tf1", as ADM's evaluator, or "half_pixel", as pytorch-fid
-      dtype="float32",  # the only one that is reported
-      reference="",  # statistics of the real images, an .npz of ours, ADM or pytorch-fid; "": computed each time,
-      batch_size=64,  # images that it takes at a time on each device
-    ),
-    npz=False,  # also write the images of each row, as ADM's evaluator reads them
-    during_training=config_dict.create(  # scores go to the metrics, the best checkpoint is kept
-      every=20_000,  # steps; 0: never
-      samples=2000,
-      sampler="adaptive",  # one of the samplers
-    ),
-    label_agreement=False,  # fit a classifier to the real images and ask it about the samples
-    pictured="adaptive",  # the sampler whose descent is drawn, or "none"
-    timed=(),  # samplers whose speed is compared: drawn again in turn, the median time is reported
-    repeats=3,  # how often
-  )
-  config.sample = config_dict.create(  # of --mode=sample
-    sampler="adaptive",  # one of the samplers
-    count=100,  # samples
-    labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
-    batch_size=100,  # samples in flight on each device
-    seed=0,
-    weights="ema",  # "ema" or "model"
-    images=False,  # also one PNG a sample
-    npz=True,  # also the arrays
-  )
-  config.tasks = config_dict.create(  # of --mode=denoise, ood, compose and inpaint
-    images="",  # a folder of images, an .npz, or "": those of data.source
-    count=100,  # images
-    sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
-    labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
-    batch_size=100,  # samples in flight on each device
-    seed=0,
-    weights="ema",  # "ema" or "model"
-    denoise=config_dict.create(
-      gammas=(
-        0.0,
-        0.2,
-        0.4,
-        0.6,
-        0.8,
-      ),  # how noisy the images are made; (): they are noisy already, nobody knows how much
-    ),
-    ood=config_dict.create(
-      scores=("norm",),  # "norm", ‖f‖; "energy", of a model with one; "mahalanobis", a Gaussian fitted to data.source
-      # What the images are told from: made of noise, or of the images themselves; pixels only: "photographs".
-      against=("uniform", "gaussian", "constant", "shuffled", "rotated", "inverted", "photographs"),
-    ),
-    compose=config_dict.create(  # one term for each place of the three
-      labels=(3, 8),
-      weights=(0.5, 0.5),  # what they lack of 1 goes to the model without a class
-      checkpoints=("", ""),  # anything that eqm_jax.load reads; "" is the model itself
-    ),
-    inpaint=config_dict.create(
-      mask="right",  # painted anew: "left", "right", "top", "bottom", "centre", "all", or a .npy [H, W] of 0 and 1
-      gamma=0.0,  # where it starts: 0 keeps nothing of what is under the mask
-      settle=50,  # evaluations with fresh noise before the descent
-      tries=4,  # how often each image is painted; the one with the smallest ‖f‖ is kept
-    ),
-  )
-  config.benchmark = config_dict.create(  # of --mode=benchmark
-    turns=5,  # how often each case is timed; the median counts
-    batch_size=config_dict.placeholder(int),  # samples in flight on each device; None: evaluation.batch_size
-    nfe=249,  # budget of the timed descents, in evaluations
-    samples=2048,  # drawn by each of them; rounded up to whole batches
-    steps=100,  # training steps with the data set; 0: none
-    read_seconds=3.0,  # that the input pipeline is read alone
-    metrics=config_dict.create(  # of random features, as many as an evaluation has
-      samples=10000,  # 0: none
-      real=10000,
-      size=2048,  # numbers of a feature; at 50,000 × 2,048 all metrics take four minutes on two CPU cores
-    ),
-    sweeps=config_dict.create(
-      over=(),  # some of "batch", "tokens", "depth", "samples", "devices"; (): none
-      batch=(8, 32, 128, 512),  # sizes, of the training step and of the samples in flight
-      tokens=(64, 256, 1024),  # of a sample: squares
-      depth=(1, 4, 12),  # blocks
-      samples=(512, 2048, 8192),  # drawn
-    ),
-  )
-  return config
-
-
-def _row(**changes) -> ml_collections.ConfigDict:
-  row = config_dict.create(
-    # Descents: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin".
-    # Integrators: "euler", "heun", "tsit5", "dopri5"; for a network with time also "euler_maruyama".
-    rule="gd",
-    step_size=0.003,  # η; 0 is "auto": 2/(λ·max_evaluations)
-    momentum=0.0,  # μ, of "nag" and "nesterov"
-    temperature=0.0,  # T, of "langevin"
-    max_evaluations=249,  # network calls a sample may use
-    min_evaluations=0,  # no sample stops before
-    threshold=0.0,  # a sample stops at ‖f‖ ≤ threshold; 0: never
-    relative_threshold=False,  # compare ‖f‖/λ instead
-    max_restarts=0,  # how often a sample that diverges begins again
-    tolerance=0.0,  # of an integrator with step control, relative and absolute; 0: equal steps
-    guidance=1.0,  # classifier-free guidance scale; 1: none
-    guidance_channels=0,  # how many channels are guided, from the first; 0: all
-    guidance_interval=(),  # (low, high): guide only while ‖f‖ lies between; (): always
-    streaming=True,  # a sample that is done makes room for the next; False: in lockstep
-  )
-  row.update(changes)
-  return row
+def get_config(variant: str = ""):
+  config = base.get_config()
+  config.data.update(source="tfds", flip=True, threads=16)
+  config.data.options = dict(name="cifar10", path="data/tfds", split="train", size=32, channels=3)
+  config.model.update(input_size=32, channels=3, patch_size=2, width=384, depth=12, num_heads=6, dtype="bfloat16")
+  config.optimizer.update(learning_rate=2e-4, warmup_steps=5000, ema_decay=0.9999)
+  config.train.update(steps=400_000, batch_size=256)
+  config.checkpoint.every = 10_000
+  config.samplers.adaptive.threshold = 9.0
+  config.evaluation.update(num_samples=10_000, batch_size=512, chunk_size=1000)
+  config.evaluation.update(features=("inception",), classifier_accuracy=False)
+  config.evaluation.during_training.update(every=20_000, num_samples=2000)
+  config.benchmark.update(num_samples=2048, steps=100)
+  config.benchmark.metrics.update(samples=10_000, real=10_000, size=2048)
+  config.benchmark.sweeps.update(tokens=(64, 256, 1024), depth=(1, 4, 12), samples=(512, 2048, 8192))
+  return base.apply(config, VARIANTS, variant, "cifar10.py")

@@ -2,262 +2,61 @@
 
 Command:   python -m eqm_jax.main --config=configs/photographs.py --workdir=runs/photographs
 Hardware:  two CPU cores, 4 GiB: two and a half minutes, 45 seconds of them for the autoencoder
-Expected:  Fréchet distance of latents 9.8, 12.3 being that of two halves of the real ones; of a classifier's
-           features of the decoded samples 0.8, and 0.3 between halves of the real patches; in 0.996 of
-           the samples a classifier sees the class that was asked for; adaptive descent takes 117
-           evaluations on average. The loss ends near 6, 0.45 of E[c²].
+Expected:  Fréchet distance of latents 9.8, where two halves of the real ones have 12.3; of a classifier's features of
+           the decoded samples 0.8, where halves of the real patches have 0.3; classifier accuracy 0.996; adaptive
+           descent takes 117 NFE on average. The loss ends near 6, 0.45 of E[c²].
 
-The data are 572 patches of 32×32 pixels out of scikit-learn's two sample photographs, made
-smaller: a Chinese temple and a flower. The autoencoder is of the kind of Stable Diffusion's,
-but tiny, and is trained here first: it brings colours and shapes back, no fine detail. On
-ImageNet it is downloaded (docs/data.md); everything after it is the same.
+The data are 572 patches of 32×32 pixels out of scikit-learn's two sample photographs, made smaller: a Chinese temple
+and a flower. The autoencoder is of the kind of Stable Diffusion's, but tiny, and is trained here first: it restores
+colours and shapes, no fine detail. On ImageNet it is downloaded (docs/data.md); everything after it is the same.
 """
 
-import ml_collections
-from ml_collections import config_dict
+import pathlib
+import runpy
+import types
 
-VARIANTS = ("", "smoke", "online")
-
-
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  """Variants: "" is the run above.
-
-  "online": without a cache, images are encoded in each training step; the autoencoder of the run above is used.
-  "smoke": a short run of the same code, for tests.
-  """
-  if variant not in VARIANTS:
-    raise ValueError(
-      f"configs/photographs.py has no variant {variant!r}: choose one of {', '.join(VARIANTS[1:])} or none"
-    )
-  smoke, online = variant == "smoke", variant == "online"
-  directory = "runs/photographs_smoke" if smoke else "runs/photographs"
-  config = ml_collections.ConfigDict()
-  config.seed = 0  # of parameters, order, noise; a key depends on (seed, step) alone
-
-  images = config_dict.create(
-    size=32,  # pixels
-    stride=40 if smoke else 6,  # pixels from one patch to the next
-    shrink=2 if smoke else 4,  # by which the photographs are made smaller before
-  )
-  config.data = config_dict.create(
-    source="photographs" if online else "latents",  # one of data/sources.py
-    options=images
-    if online
-    else config_dict.create(
-      path=f"{directory}/latents",  # of the cache, made when it is not there
-      verify=True,  # read it once and compare the checksums
-    ),
-    flip=True,  # mirror half of the images; of latents, use the mirror image's moments
-    threads=2,  # that read ahead
-    workers=0,  # processes that read; 0: this one
-  )
-  config.autoencoder = config_dict.create(  # of models of latents
-    path=f"{directory}/autoencoder",  # "": the samples are pixels, nothing is decoded
-    name="photographs",  # which it is, your word; recorded wherever its latents go
-    sha256="",  # of its parameters, where they must be certain ones
-    dtype="float32",  # of its convolutions: "float32" or "bfloat16"
-    batch_size=40 if smoke else 128,  # images that it takes at a time on each device; in training, all of a batch
-  )
-  if not online:
-    config.prepare = config_dict.create(  # of the cache
-      source="photographs",  # one of data/sources.py that has images
-      options=images,  # its arguments
-      dtype="float16",  # of the moments: "float16" or "bfloat16"
-      images_per_shard=40 if smoke else 2048,
-      threads=2,  # that read ahead
-      skip_damaged=False,  # leave damaged images out, and count them; False: stop at the first
-      fit=config_dict.create(  # trains the autoencoder where there is none
-        steps=5 if smoke else 350,
-        batch_size=8 if smoke else 16,
-        learning_rate=5e-3,
-        kl_weight=1e-4,
-        model=config_dict.create(  # the attributes of networks.autoencoder.Autoencoder
-          block_out_channels=(8, 8, 8) if smoke else (16, 32, 32),  # each level but the last halves the image
-          layers_per_block=1,
-          norm_num_groups=4 if smoke else 8,
-        ),
-      ),
-    )
-  config.model = config_dict.create(  # the attributes of networks.dit.DiT
-    input_size=8,  # latent pixels: 32 / 4
-    channels=4,
-    patch_size=4,  # latent pixels
-    width=16 if smoke else 192,
-    depth=1 if smoke else 3,  # blocks
-    num_heads=4,
-    num_classes=2,  # label 2 is "no class"
-    mlp_ratio=4.0,
-    time_input=False,  # True: a flow-matching network, told γ
-    learn_sigma=False,  # True: carry the unused second output half of the released code
-    dtype="float32",  # of the matrix products: "float32" or "bfloat16"
-    unroll=3,  # blocks per scan iteration; all of them is fastest on a CPU
-    remat="none",  # "none", "dots", "dots_no_batch" or "full": what the backward pass computes again
-    attention="xla",  # "xla" or "cudnn"
-    block="auto",  # how blocks are written: "xla" for TPUs and GPUs, "cpu", or "auto": by the backend
-    energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
-  )
-  config.objective = config_dict.create(
-    kind="equilibrium",  # or "flow_matching"
-    schedule=config_dict.create(  # c(γ)
-      kind="truncated",  # "constant", "linear", "truncated" or "piecewise"
-      a=0.8,  # γ from which c falls to zero
-      b=2.0,  # c(0) of "piecewise"
-      multiplier=4.0,  # λ
-    ),
-    label_dropout=0.1,  # share of samples that are trained without their class
-    dispersive_weight=0.0,  # 0 or the reference's 0.5
-    clean_share=0.0,  # share of samples at γ = 1 exactly; helps in few dimensions
-    second_order="reverse_over_reverse",  # or "forward_over_reverse": the loss's derivative, for an energy
-  )
-  config.optimizer = config_dict.create(  # AdamW
-    learning_rate=2e-3,
-    schedule="cosine",  # after the warm-up: "constant" or "cosine" (to zero at the last step)
-    warmup_steps=20 if smoke else 100,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    weight_decay=0.0,
-    clip_norm=0.0,  # of the global gradient; 0: no clipping
-    skip_nonfinite=0,  # batches in a row whose gradient is not finite that are left out; 0: the first stops the run
-    ema_decay=0.9 if smoke else 0.998,
-  )
-  config.train = config_dict.create(
-    steps=20 if smoke else 2600,
-    batch_size=32 if smoke else 64,
-    accumulate=1,  # parts of the batch, computed one after another: less memory, the same gradient
-    log_every=20 if smoke else 100,  # steps
-    profile=(0, 0),  # first and last step of a trace in WORKDIR/profile; (0, 0): none
-    init_from="",  # a model whose weights to start from, anything that eqm_jax.load reads; "": random ones
-  )
-  config.checkpoint = config_dict.create(
-    every=30 if smoke else 1000,  # steps
-    keep=2,  # newest checkpoints
-  )
-  config.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1: the rest
-  config.sharding = config_dict.create(
-    rules=(),  # (regex of the parameter's path, mesh axis of each array axis); none fits: fsdp splits the largest
-    ema="parameters",  # lies as the parameters do, or split over all "devices", which with data > 1 takes less memory
-  )
-
-  few = dict(step_size=0.03, max_evaluations=25) if smoke else {}
-  config.samplers = config_dict.create(  # one row of the evaluation each
-    adaptive=_row(threshold=10.0, **few),
-  )
-  config.evaluation = config_dict.create(
-    samples=40 if smoke else 500,  # 0: none
-    batch_size=40 if smoke else 200,  # samples in flight on each device
-    unit=40 if smoke else 500,  # samples that a device draws as a whole; a killed evaluation goes on after these
-    seed=0,  # of the samples, which depend on (seed, sample index) alone
-    weights="ema",  # "ema" or "model"
-    labels="balanced",  # "balanced": every class in turn; or "random"
-    rows=(),  # the samplers that are evaluated; (): all
-    # What samples are compared in: "raw", their own numbers (pixels, latents, points); "classifier", the features of a
-    # small network fitted to the real images; "inception", as everyone's FID is.
-    features=("classifier",) if online else ("raw",) if smoke else ("raw", "classifier"),
-    classifier=config_dict.create(steps=150),  # of its fit
-    inception=config_dict.create(
-      path="data/pt_inception-2015-12-05-6726825d.pth",  # the published weights (docs/evaluation.md)
-      resize="tf1",  # to 299×299: "tf1", as ADM's evaluator, or "half_pixel", as pytorch-fid
-      dtype="float32",  # the only one that is reported
-      reference="",  # statistics of the real images, an .npz of ours, ADM or pytorch-fid; "": computed each time,
-      batch_size=64,  # images that it takes at a time on each device
-    ),
-    npz=False,  # also write the images of each row, as ADM's evaluator reads them
-    during_training=config_dict.create(  # scores go to the metrics, the best checkpoint is kept
-      every=0,  # steps; 0: never
-      samples=200,
-      sampler="adaptive",  # one of the samplers
-    ),
-    label_agreement=not online,  # fit a classifier to the real images and ask it about the samples
-    pictured="adaptive",  # the sampler whose descent is drawn, or "none"
-    timed=(),  # samplers whose speed is compared: drawn again in turn, the median time is reported
-    repeats=3,  # how often
-  )
-  config.sample = config_dict.create(  # of --mode=sample
-    sampler="adaptive",  # one of the samplers
-    count=100,  # samples
-    labels="balanced",  # "balanced", "none", or labels and ranges such as "3" or "1,5,7-9", in turn
-    batch_size=20 if smoke else 100,  # samples in flight on each device
-    seed=0,
-    weights="ema",  # "ema" or "model"
-    images=False,  # also one PNG a sample
-    npz=True,  # also the arrays
-  )
-  config.tasks = config_dict.create(  # of --mode=denoise, ood, compose and inpaint
-    images="",  # a folder of images, an .npz, or "": those of data.source
-    count=20 if smoke else 100,  # images
-    sampler="adaptive",  # one of the samplers that descend; ood only looks at the field
-    labels="none",  # "own" of the images, "none", "balanced", or labels such as "3" or "1,5,7-9", in turn
-    batch_size=20 if smoke else 100,  # samples in flight on each device
-    seed=0,
-    weights="ema",  # "ema" or "model"
-    denoise=config_dict.create(
-      gammas=(
-        0.0,
-        0.2,
-        0.4,
-        0.6,
-        0.8,
-      ),  # how noisy the images are made; (): they are noisy already, nobody knows how much
-    ),
-    ood=config_dict.create(
-      scores=("norm",),  # "norm", ‖f‖; "energy", of a model with one; "mahalanobis", a Gaussian fitted to data.source
-      # What the images are told from: made of noise, or of the images themselves; pixels only: "photographs".
-      against=("uniform", "gaussian", "constant", "shuffled", "rotated", "inverted", "photographs"),
-    ),
-    compose=config_dict.create(  # one term for each place of the three
-      labels=(0, 1),
-      weights=(0.5, 0.5),  # what they lack of 1 goes to the model without a class
-      checkpoints=("", ""),  # anything that eqm_jax.load reads; "" is the model itself
-    ),
-    inpaint=config_dict.create(
-      mask="right",  # painted anew: "left", "right", "top", "bottom", "centre", "all", or a .npy [H, W] of 0 and 1
-      gamma=0.0,  # where it starts: 0 keeps nothing of what is under the mask
-      settle=50,  # evaluations with fresh noise before the descent
-      tries=4,  # how often each image is painted; the one with the smallest ‖f‖ is kept
-    ),
-  )
-  config.benchmark = config_dict.create(  # of --mode=benchmark
-    turns=2 if smoke else 5,  # how often each case is timed; the median counts
-    batch_size=config_dict.placeholder(int),  # samples in flight on each device; None: evaluation.batch_size
-    nfe=25 if smoke else 249,  # budget of the timed descents, in evaluations
-    samples=80 if smoke else 800,  # drawn by each of them; rounded up to whole batches
-    steps=20 if smoke else 200,  # training steps with the data set; 0: none
-    read_seconds=0.2 if smoke else 3.0,  # that the input pipeline is read alone
-    metrics=config_dict.create(  # of random features, as many as an evaluation has
-      samples=100 if smoke else 500,  # 0: none
-      real=100 if smoke else 500,
-      size=64,  # numbers of a feature
-    ),
-    sweeps=config_dict.create(
-      over=(),  # some of "batch", "tokens", "depth", "samples", "devices"; (): none
-      batch=(8, 32, 128, 512),  # sizes, of the training step and of the samples in flight
-      tokens=(1, 4, 16, 64),  # of a sample: squares
-      depth=(1, 2, 4, 8),  # blocks
-      samples=(200, 800, 3200),  # drawn
-    ),
-  )
-  return config
+base = types.SimpleNamespace(**runpy.run_path(str(pathlib.Path(__file__).with_name("base.py"))))
 
 
-def _row(**changes) -> ml_collections.ConfigDict:
-  row = config_dict.create(
-    # Descents: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin".
-    # Integrators: "euler", "heun", "tsit5", "dopri5"; for a network with time also "euler_maruyama".
-    rule="gd",
-    step_size=0.003,  # η; 0 is "auto": 2/(λ·max_evaluations)
-    momentum=0.0,  # μ, of "nag" and "nesterov"
-    temperature=0.0,  # T, of "langevin"
-    max_evaluations=249,  # network calls a sample may use
-    min_evaluations=0,  # no sample stops before
-    threshold=0.0,  # a sample stops at ‖f‖ ≤ threshold; 0: never
-    relative_threshold=False,  # compare ‖f‖/λ instead
-    max_restarts=0,  # how often a sample that diverges begins again
-    tolerance=0.0,  # of an integrator with step control, relative and absolute; 0: equal steps
-    guidance=1.0,  # classifier-free guidance scale; 1: none
-    guidance_channels=0,  # how many channels are guided, from the first; 0: all
-    guidance_interval=(),  # (low, high): guide only while ‖f‖ lies between; (): always
-    streaming=True,  # a sample that is done makes room for the next; False: in lockstep
-  )
-  row.update(changes)
-  return row
+def get_config(variant: str = ""):
+  config = base.get_config()
+  config.data.update(source="latents", flip=True)
+  config.data.options = dict(path="runs/photographs/latents", verify=True)
+  config.autoencoder.update(path="runs/photographs/autoencoder", name="photographs", batch_size=128)
+  with config.unlocked():
+    config.prepare = base.prepare(source="photographs", options=dict(size=32, stride=6, shrink=4))
+    config.prepare.fit = base.fit()
+  config.model.update(channels=4, width=192, unroll=3, num_classes=2)  # latent pixels: 32 / 4
+  config.train.steps = 2600
+  config.samplers = dict(adaptive=base.sampler(threshold=10.0))
+  config.evaluation.num_samples = 500
+  config.evaluation.classifier.steps = 150
+  config.tasks.compose.labels = (0, 1)
+  config.benchmark.metrics.update(samples=500, real=500)
+  config.benchmark.sweeps.tokens = (1, 4, 16, 64)
+  return base.apply(config, VARIANTS, variant, "photographs.py")
+
+
+def online(config):
+  """Without a cache: images are encoded in each training step, by the autoencoder of the run above."""
+  config.data.source = config.prepare.source
+  config.data.options = config.prepare.options
+  with config.unlocked():
+    del config.prepare
+  config.evaluation.update(features=("classifier",), classifier_accuracy=False)
+
+
+def smoke(config):
+  base.smoke(config)
+  config.data.options.path = "runs/photographs_smoke/latents"
+  config.autoencoder.update(path="runs/photographs_smoke/autoencoder", batch_size=40)
+  config.prepare.options.update(stride=40, shrink=2)
+  config.prepare.images_per_shard = 40
+  config.prepare.fit.update(steps=5, batch_size=8)
+  config.prepare.fit.model.update(block_out_channels=(8, 8, 8), norm_num_groups=4)
+  config.model.update(width=16, depth=1)
+  config.train.steps = 20
+  config.samplers.adaptive.update(step_size=0.03, max_nfe=25)
+
+
+VARIANTS = {"online": online, "smoke": smoke}

@@ -9,7 +9,7 @@ network (S/2 or B/4, float32, batch 8), and parameters that are not zero, so tha
 
 forward    one call of the network
 step       corruption, loss, gradient, AdamW and the average of the weights
-descent    one evaluation of the network inside a descent of 4 evaluations (theirs: the loop of their sampling script)
+descent    one evaluation of the network inside a descent with NFE 4 (theirs: the loop of their sampling script)
 guided     the same with guidance 1.5, which takes twice the batch
 """
 
@@ -139,8 +139,8 @@ def jax_side(options: argparse.Namespace) -> dict:
     jax.block_until_ready((current[0], scalars))
 
   def descent(guidance):
-    field = eqm_jax.implicit_field(model, params, label, guidance=guidance)
-    eqm_jax.descend(field, x, step_size=STEP_SIZE, max_evaluations=NFE, rule="gd").x.block_until_ready()
+    field = eqm_jax.field(model, params, label, guidance=guidance)
+    eqm_jax.descend(field, x, step_size=STEP_SIZE, max_nfe=NFE, rule="gd").x.block_until_ready()
 
   return {
     "forward": lambda: forward(params, x).block_until_ready(),

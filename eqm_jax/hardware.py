@@ -1,9 +1,9 @@
-"""What accelerators can do, by the name that JAX gives them: peak rates, memory, links. And which processor this is.
+"""Peak rates, memory and links of accelerators, by the name that JAX gives them; and the processor of this machine.
 
-TPUs: the pages of Cloud TPU's documentation on each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Google
-states the links of a chip together; v5e's and v6e's are stated for both directions, and halved here. What a program
-may use of a TPU's memory is what the compiler of libtpu 0.0.52 says when it is asked for more (of a v5p 95.73 GiB, more
-than Google states). GPUs: NVIDIA's data sheets, dense bfloat16; of their memory JAX takes three quarters.
+TPUs: Cloud TPU's documentation of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Google states the
+links of a chip together; v5e's and v6e's are stated for both directions, and halved here. The usable part of a TPU's
+memory is from the error of libtpu 0.0.52's compiler for larger programs (for a v5p 95.73 GiB, more than Google states).
+GPUs: NVIDIA's data sheets, dense bfloat16; JAX takes three quarters of their memory.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ class Chip:
   flops: float  # per second, bfloat16 matrix products
   memory: float  # bytes
   memory_bandwidth: float  # bytes per second
-  link_bandwidth: float  # bytes per second out of a chip, all its links to other chips together
-  usable_memory: float  # bytes, of `memory`, that the arguments, results and temporaries of a program may take
+  link_bandwidth: float  # bytes per second out of a chip, all its links together
+  usable_memory: float  # bytes for the arguments, results and temporaries of a program
 
 
 CHIPS = {  # by jax.Device.device_kind
@@ -38,11 +38,11 @@ CHIPS = {  # by jax.Device.device_kind
 
 
 def chip_of(device_kind: str) -> Chip | None:
-  """The entry of a device, or None: of CPUs nobody states such a number."""
+  """The entry of a device, or None for kinds that are not listed, such as CPUs."""
   return CHIPS.get(device_kind)
 
 
-# Instruction sets that decide how a CPU multiplies matrices, and how fast, by their flags in /proc/cpuinfo.
+# Instruction sets for matrix products on CPUs, by their flags in /proc/cpuinfo.
 INSTRUCTION_SETS = {
   "avx2": "AVX2",
   "fma": "FMA",
@@ -53,7 +53,7 @@ INSTRUCTION_SETS = {
   "asimd": "NEON",
   "sve": "SVE",
 }
-# Lines of /proc/cpuinfo that tell the generation: many virtual machines give all processors of a maker one name.
+# Lines of /proc/cpuinfo with the generation: many virtual machines give all processors of a maker one name.
 GENERATION = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part")
 
 
@@ -62,44 +62,44 @@ class Processor:
   """The CPU of this machine."""
 
   name: str
-  generation: str  # maker and numbers; "": not known
-  instruction_sets: tuple[str, ...]  # of INSTRUCTION_SETS
+  generation: str  # maker and numbers; "": unknown
+  instruction_sets: tuple[str, ...]  # values of INSTRUCTION_SETS
 
   def __str__(self) -> str:
     return ", ".join(part for part in (self.name, self.generation, *self.instruction_sets) if part)
 
 
 def processor() -> Processor:
-  """From /proc/cpuinfo; elsewhere the name that Python knows."""
+  """The CPU by /proc/cpuinfo; elsewhere only its name, by Python's `platform`."""
   try:
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-      first = file.read().split("\n\n")[0]  # all of them are of one kind
+      first = file.read().split("\n\n")[0]  # all processors are of one kind
   except OSError:
     return Processor(platform.processor() or platform.machine(), "", ())
-  found = dict(re.findall(r"^([^:\n]*\S)\s*:[ \t]*(.+)$", first, re.MULTILINE))
-  flags = (found.get("flags") or found.get("Features") or "").split()
+  lines = dict(re.findall(r"^([^:\n]*\S)\s*:[ \t]*(.+)$", first, re.MULTILINE))
+  flags = (lines.get("flags") or lines.get("Features") or "").split()
   return Processor(
-    name=found.get("model name") or platform.machine(),
-    generation=" ".join(found[line] for line in GENERATION if line in found),
+    name=lines.get("model name") or platform.machine(),
+    generation=" ".join(lines[key] for key in GENERATION if key in lines),
     instruction_sets=tuple(name for flag, name in INSTRUCTION_SETS.items() if flag in flags),
   )
 
 
 def cores() -> int:
-  """Those that this process may use."""
+  """Number of CPU cores that this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def xla_cpu_threads(devices: int) -> int:
-  """Threads over which XLA splits a product on a CPU, which decides in which order it is summed up.
+  """Number of threads over which XLA splits a product on a CPU, which sets the order of its sums.
 
-  All devices of a process share them: one for each core, or as many as the environment says (jaxlib reads two names, in
+  All devices of a process share them: one for each core, or as many as the environment sets (jaxlib reads two names, in
   this order), but at least one for each of the `devices` that --xla_force_host_platform_device_count makes of the CPU.
   """
   for name in ("PJRT_NPROC", "NPROC"):
     try:
       return max(int(os.environ.get(name, "")), devices)
-    except ValueError:  # not set, or no number
+    except ValueError:  # not set, or not a number
       continue
   return max(cores(), devices)
 
@@ -108,12 +108,12 @@ HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
 def restart_with_huge_pages():
-  """Starts this Python program again, once, so that its large arrays lie in huge pages of memory.
+  """Restarts this Python program, once, so that its large arrays lie in huge pages of memory.
 
   XLA's CPU backend allocates its temporaries anew in every step; with pages of 4 KiB a training step of a 33 M
   parameter network spends a sixth of its time on page faults. The C library reads the setting when a process starts,
-  hence the restart, which keeps the process id and takes a few hundredths of a second. Nothing happens where it is
-  set already (GLIBC_TUNABLES), where the kernel does not leave the choice to programs, or without glibc.
+  hence the restart, which keeps the process id and takes a few hundredths of a second. Nothing happens if the setting
+  is there already (GLIBC_TUNABLES), if the kernel does not leave the choice to programs, or without glibc.
   """
   tunables = os.environ.get("GLIBC_TUNABLES", "")
   if "glibc.malloc.hugetlb" in tunables or platform.libc_ver()[0] != "glibc" or not os.path.exists(HUGE_PAGES):

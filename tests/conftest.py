@@ -1,5 +1,6 @@
-"""Shared fixtures: configs by name, the authors' numbers, and a model small enough to compile often."""
+"""Shared fixtures: configs by name, processes, the authors' numbers, and a model small enough to compile often."""
 
+import argparse
 import atexit
 import io
 import os
@@ -10,6 +11,8 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 
 # Tests compile much and run little. Without optimisations, and without the kernels of XLA's fusion emitters, they
@@ -42,8 +45,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eqm_jax.convert import torch_file
-from eqm_jax.training import checkpoint
+from eqm_jax.checkpoints import manager as checkpoint_manager
+from eqm_jax.checkpoints import torch_pickle
 
 # A shell that starts tests in the background has them ignore SIGINT, and so would the scripts that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,9 +56,10 @@ HEADS = {"eqm_tiny": 4, "eqm_tiny_p4": 3}  # what the .pt files cannot tell
 
 
 def load_config(name: str, variant: str | None = "") -> ml_collections.ConfigDict:
-  """A config of configs/; `variant` None is for one without variants."""
+  """A config of configs/ that takes new keys, too; with `variant` None that of the file's own default."""
   get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
-  return get_config() if variant is None else get_config(variant)
+  config = get_config() if variant is None else get_config(variant)
+  return config.unlock()
 
 
 def picture(mode: str = "RGB", size=(12, 10), seed: int = 0) -> Image.Image:
@@ -114,7 +118,7 @@ def legacy_tensor(
   storages: dict[str, np.ndarray], key: str, offset=0, shape=(), stride=(), view: bytes = b"N"
 ) -> bytes:
   """The opcodes of one tensor, in their readable form of protocol 0."""
-  kind = {dtype: name for name, dtype in torch_file.STORAGES.items()}[storages[key].dtype]
+  kind = {dtype: name for name, dtype in torch_pickle.STORAGES.items()}[storages[key].dtype]
   numbers = [b"(" + b"".join(b"I%d\n" % number for number in numbers) + b"t" for numbers in (shape, stride)]
   storage = b"(Vstorage\nctorch\n%s\nV%s\nVcpu\nI%d\n%stQ" % (kind.encode(), key.encode(), storages[key].size, view)
   arguments = storage + b"I%d\n" % offset + b"".join(numbers) + b"I00\nccollections\nOrderedDict\n)R"
@@ -129,16 +133,17 @@ def legacy_state_dict(tensors: dict[str, bytes]) -> bytes:
 
 def final_state(workdir: pathlib.Path) -> dict[str, bytes]:
   """Every array of a run's newest checkpoint, as bytes."""
-  with checkpoint.open_manager(str(workdir)) as manager:
+  with checkpoint_manager.open_manager(str(workdir)) as manager:
     state = manager.restore(manager.latest_step()).state
   flat = jax.tree_util.tree_flatten_with_path(state)[0]
   return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-  """For a process with so many pretended devices that imports the package and what lies beside this file."""
+  """For a process with so many pretended devices that imports the package and whatever the tests import."""
   flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **more}
+  path = os.pathsep.join([str(ROOT), *sys.path])
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path, **more}
 
 
 def free_port() -> int:
@@ -146,6 +151,76 @@ def free_port() -> int:
   with socket.socket() as free:
     free.bind(("localhost", 0))
     return free.getsockname()[1]
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+def start_python(
+  *arguments, processes: int | None = None, devices: int = 1, **variables: str
+) -> list[subprocess.Popen]:
+  """One process of Python, or so many that find each other by three more arguments, as eqm_jax.main takes them.
+
+  Those that still run when the test ends are killed.
+
+  Args:
+    *arguments: of Python, such as "-c", PROGRAM, and those of the program.
+    processes: how many to connect; None starts one that knows of no others.
+    devices: pretended devices of each process.
+    **variables: of the environment.
+  """
+  command = [sys.executable, *map(str, arguments)]
+  connections = [[]]
+  if processes is not None:
+    address = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={processes}"]
+    connections = [[*address, f"--process_id={i}"] for i in range(processes)]
+  options = dict(cwd=ROOT, env=environment(devices, **variables), text=True)
+  started = [
+    subprocess.Popen(command + connection, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    for connection in connections
+  ]
+  STARTED.extend(started)
+  return started
+
+
+def connection() -> tuple[str | None, int | None, int | None]:
+  """For a program of `start_python`: the coordinator's address, the number of processes, and that of this one."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--coordinator_address")
+  parser.add_argument("--num_processes", type=int)
+  parser.add_argument("--process_id", type=int)
+  found, _ = parser.parse_known_args()
+  return found.coordinator_address, found.num_processes, found.process_id
+
+
+def ended(
+  processes: list[subprocess.Popen], status: int | None = 0, timeout: float = 300
+) -> list[subprocess.CompletedProcess]:
+  """The processes with what they wrote, once all have ended: all with this exit status, unless it is None."""
+  try:
+    output = [process.communicate(timeout=timeout) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  finished = [subprocess.CompletedProcess(one.args, one.returncode, *two) for one, two in zip(processes, output)]
+  if status is not None:
+    assert [one.returncode for one in finished] == [status] * len(finished), "\n".join(one.stderr for one in finished)
+  return finished
+
+
+def run_python(*arguments, status: int | None = 0, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+  """One process of `start_python`, when it has ended."""
+  (finished,) = ended(start_python(*arguments, **options), status, timeout)
+  return finished
+
+
+@pytest.fixture(autouse=True)
+def kill_processes():
+  """Ends the processes that a test has left running."""
+  yield
+  while STARTED:
+    with STARTED.pop() as process:
+      process.kill()
 
 
 class Reference:
@@ -180,5 +255,5 @@ def tiny_config() -> ml_collections.ConfigDict:
   config.train.update(steps=12, batch_size=8, log_every=4)
   config.checkpoint.every = 4
   config.optimizer.warmup_steps = 2
-  config.evaluation.update(samples=20, batch_size=2)  # each halving of the slots is a program of its own
+  config.evaluation.update(num_samples=20, batch_size=2)  # each halving of the slots is a program of its own
   return config

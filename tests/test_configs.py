@@ -1,22 +1,334 @@
-"""Configs hold no dead key: each is read by the code that a run goes through."""
+"""configs/base.py is the document: every experiment has its keys, code reads each of them and no other."""
 
+import ast
 import contextlib
+import inspect
 import json
+import os
 import pathlib
 import re
+import runpy
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
-from conftest import ROOT, load_config, write_build
+from absl import flags
+from conftest import ROOT, environment, load_config, write_build
+from ml_collections import config_flags
 from PIL import Image
 
-from eqm_jax import programs
-from eqm_jax.evaluation import samplers
+from eqm_jax import modes as modes_lib
+from eqm_jax.data import sources
+from eqm_jax.equilibrium.objective import Schedule
 from eqm_jax.networks import dit
-from eqm_jax.report import report, runs
+from eqm_jax.networks.autoencoder import Autoencoder
+from eqm_jax.report import lab, report
+from eqm_jax.sampling.generator import Generator
+from eqm_jax.training import sharding
+
+CONFIGS = ROOT / "configs"
+EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "base")
+OPTIONAL = {("prepare",), ("prepare", "fit"), ("report",)}  # sections that exist only where they apply
+
+
+def variants(name: str) -> list[str]:
+  return list(runpy.run_path(str(CONFIGS / f"{name}.py"))["VARIANTS"])
+
+
+def nested_keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The keys of a config as nested dicts; None in place of a value."""
+  return {
+    key: nested_keys(value) if isinstance(value, ml_collections.ConfigDict) else None for key, value in config.items()
+  }
+
+
+def base_keys() -> dict[str, Any]:
+  """Every key of base.py, optional sections included; "*" where names are free."""
+  base = runpy.run_path(str(CONFIGS / "base.py"))
+  keys = nested_keys(base["get_config"]())
+  keys["data"]["options"] = {"*": None}  # arguments of the source
+  keys["samplers"] = {"*": nested_keys(base["sampler"]())}
+  keys["prepare"] = nested_keys(base["prepare"]()) | {"options": {"*": None}, "fit": nested_keys(base["fit"]())}
+  keys["report"] = nested_keys(base["report"]())
+  keys["report"]["text"]["claims"] = {"*": None}
+  return keys
+
+
+def differences(keys: dict[str, Any], base: dict[str, Any], path: tuple[str, ...] = ()) -> list[str]:
+  """Keys that only one of both has."""
+  if "*" in base:
+    base = dict.fromkeys(keys, base["*"])
+  found = [".".join((*path, key)) for key in keys.keys() - base.keys()]
+  found += [".".join((*path, key)) for key in base.keys() - keys.keys() if (*path, key) not in OPTIONAL]
+  for key in keys.keys() & base.keys():
+    if (keys[key] is None) != (base[key] is None):
+      found.append(".".join((*path, key)))
+    elif base[key] is not None:
+      found += differences(keys[key], base[key], (*path, key))
+  return found
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_and_variants_have_exactly_the_keys_of_base(name):
+  base = base_keys()
+  for variant in ["", *variants(name)]:
+    config = load_config(name, variant)
+    assert not differences(nested_keys(config), base), variant
+    for section in (config.data, config.get("prepare")):
+      if section is not None:
+        inspect.signature(sources.SOURCES[section.source]).bind(**section.options)
+    named = {config.sample.sampler, config.tasks.sampler, config.evaluation.during_training.sampler}
+    named |= {config.evaluation.plot_sampler, *config.evaluation.benchmark_samplers}
+    named |= {*(config.evaluation.samplers or ())}
+    assert named - {None} <= set(config.samplers), variant
+    json.loads(config.to_json())
+
+
+def test_other_keys_and_lost_keys_are_found():
+  config = load_config("digits")
+  config.train.other, config.samplers.gd.other = 1, 2
+  del config.mesh.fsdp
+  del config.samplers.nag.rule
+  expected = ["mesh.fsdp", "samplers.gd.other", "samplers.nag.rule", "train.other"]
+  assert sorted(differences(nested_keys(config), base_keys())) == expected
+
+
+def test_misspelt_overrides_of_an_experiment_are_refused():
+  base = runpy.run_path(str(CONFIGS / "base.py"))
+  with pytest.raises(KeyError, match="treshold"):
+    base["sampler"](treshold=1.0)
+  with pytest.raises(AttributeError, match="stpes"):
+    base["get_config"]().train.stpes = 1
+
+
+def test_sections_that_are_passed_on_whole_are_the_arguments_of_what_takes_them():
+  base = base_keys()
+  assert set(base["model"]) == set(dit.DiT.__dataclass_fields__) - {"parent", "name"}
+  assert set(base["objective"]["schedule"]) == set(Schedule.__dataclass_fields__)
+  assert set(base["mesh"]) == set(inspect.signature(sharding.make_mesh).parameters) - {"devices"}
+  assert set(base["prepare"]["fit"]["model"]) < set(Autoencoder.__dataclass_fields__)
+
+
+# Sections whose keys are read as attributes of what is made with `**section`: the test above compares them.
+PASSED_ON = ("model.", "objective.schedule.", "mesh.", "prepare.fit.model.")
+# Names of functions' arguments that are sections. Attributes of other names do not count as keys.
+SECTIONS = {"config", "options", "_options", "requested", "row"}
+METHODS = set(dir(ml_collections.ConfigDict))
+
+
+class Reads:
+  """Keys that source code reads of a config, found in its syntax tree.
+
+  `config.train.steps` is followed from the name `config`, also where `options = config.train` stands before. Of an
+  argument that is a section, whichever, only the last key is known: `options.steps`.
+  """
+
+  def __init__(self, keys: dict[str, Any]):
+    self.keys = keys
+    self.paths: set[tuple[str, ...]] = set()  # from the top
+    self.last: set[tuple[str, str]] = set()  # (holder, key)
+    self.missing: list[str] = []  # paths that `keys` lacks
+
+  def read(self, source: str, file: str = ""):
+    tree = ast.parse(source)
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    self._names = {name for text in texts for name in text.split(".")}  # that section[name] may read
+    self._scope(tree, {}, file)
+
+  def dead(self) -> list[str]:
+    """The keys that are not read."""
+    return [".".join(path) for path in _leaves(self.keys) if not self._is_read(path)]
+
+  def _is_read(self, path: tuple[str, ...]) -> bool:
+    if path in self.paths or ".".join(path).startswith(PASSED_ON):
+      return True
+    return any((holder, path[-1]) in self.last for holder in SECTIONS | {*path[-2:-1]})
+
+  def _scope(self, scope: ast.AST, aliases: dict[str, tuple[str, ...]], file: str):
+    nodes, rest, aliases = [], list(ast.iter_child_nodes(scope)), dict(aliases)
+    while rest:
+      nodes.append(rest.pop())
+      if not isinstance(nodes[-1], (ast.FunctionDef, ast.Lambda)):
+        rest += ast.iter_child_nodes(nodes[-1])
+    for target, value in (pair for node in nodes if isinstance(node, ast.Assign) for pair in _assigned(node)):
+      path = self._path(_chain(value), {})
+      if isinstance(target, ast.Name) and path:
+        aliases[target.id] = path
+    for node in nodes:
+      if isinstance(node, (ast.Attribute, ast.Subscript)):
+        self._access(_chain(node), isinstance(node.ctx, ast.Load), aliases, f"{file}:{node.lineno}")
+      elif isinstance(node, (ast.FunctionDef, ast.Lambda)):
+        own = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+        self._scope(node, {name: path for name, path in aliases.items() if name not in own}, file)
+
+  def _path(self, chain: tuple[str, ...], aliases: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The keys from the top that a chain of names goes through; () where it does not start at a config."""
+    if chain and chain[0] in aliases:
+      return aliases[chain[0]] + chain[1:]
+    for i in reversed(range(len(chain) - 1)):
+      if chain[i] == "config" and chain[0] != "jax" and chain[i + 1] in self.keys:
+        return chain[i + 1 :]
+    return ()
+
+  def _access(self, chain: tuple[str, ...], is_load: bool, aliases: dict[str, tuple[str, ...]], where: str):
+    path, section, known = self._path(chain, aliases), self.keys, []
+    if not path and len(chain) > 1 and is_load and chain[0] != "jax":
+      self.last.add((chain[-2], chain[-1]))
+    for key in path:
+      if section is None or (key in METHODS and key not in section):
+        break  # of a value, or of ConfigDict
+      if key not in section and key != "[]" and "*" not in section:
+        self.missing.append(f"{where}: config.{'.'.join(path)}")
+        return
+      known.append("*" if key not in section and "*" in section else key)
+      section = section.get(known[-1])
+    if is_load and known[-1:] == ["[]"]:
+      self.paths |= {(*known[:-1], name) for name in self._names}
+    elif is_load:
+      self.paths.add(tuple(known))
+
+
+def _chain(node: ast.AST) -> tuple[str, ...]:
+  """("config", "train", "steps") of config.train.steps and config["train"].steps; "[]" where a variable is the key."""
+  if isinstance(node, ast.Name):
+    return (node.id,)
+  if not isinstance(node, (ast.Attribute, ast.Subscript)):
+    return ()
+  name = node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
+  holder = _chain(node.value)
+  return (*holder, name if isinstance(name, str) else "[]") if holder else ()
+
+
+def _assigned(node: ast.Assign) -> Iterator[tuple[ast.AST, ast.AST]]:
+  for target in node.targets:
+    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+      yield from zip(target.elts, node.value.elts)
+    else:
+      yield target, node.value
+
+
+def _leaves(keys: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+  for key, value in keys.items():
+    if value is None and key != "*":
+      yield (*path, key)
+    elif value is not None:
+      yield from _leaves(value, (*path, key))
+
+
+def reads_of_the_package(keys: dict[str, Any]) -> Reads:
+  reads = Reads(keys)
+  for path in sorted((ROOT / "eqm_jax").rglob("*.py")):
+    reads.read(path.read_text(encoding="utf-8"), path.name)
+  return reads
+
+
+def test_code_reads_every_key_of_base_and_no_other():
+  reads = reads_of_the_package(base_keys())
+  assert not reads.missing, "read, but not in configs/base.py"
+  assert not reads.dead(), "in configs/base.py, but never read"
+
+
+def test_dead_and_missing_keys_are_found_in_the_package():
+  keys = base_keys()
+  keys["train"]["dead"] = keys["samplers"]["*"]["dead"] = None
+  del keys["train"]["steps"], keys["evaluation"]["chunk_size"]
+  reads = reads_of_the_package(keys)
+  assert sorted(reads.dead()) == ["samplers.*.dead", "train.dead"]
+  assert any("config.train.steps" in text for text in reads.missing)
+
+
+@pytest.mark.parametrize(
+  "source, dead, missing",
+  [
+    ("config.a.x; config.a.y", [], []),
+    ("config.a.x = config.a.y", ["a.x"], []),
+    ("def f(config):\n  options = config.a\n  return options.x, options['y']", [], []),
+    ("def f(config):\n  a, b = config.a, 1\n  return a.x, a.z", ["a.y"], [":3: config.a.z"]),
+    ("def f(options):\n  return options.x, options.y", [], []),
+    ("def f(image):\n  return image.x, image.y", ["a.x", "a.y"], []),
+    ("def f(config):\n  return [config.a[name] for name in ('x', 'b.z')]", ["a.y"], []),
+    ("config.a.items()", ["a.x", "a.y"], []),
+    ("w.config.a.x, config.a.z", ["a.y"], [":1: config.a.z"]),
+    ("config.a.w = 1", ["a.x", "a.y"], [":1: config.a.w"]),
+    ("jax.config.a.x", ["a.x", "a.y"], []),
+  ],
+)
+def test_keys_that_source_code_reads(source, dead, missing):
+  reads = Reads({"a": {"x": None, "y": None}})
+  reads.read(source)
+  assert reads.dead() == dead and reads.missing == missing
+
+
+def parsed(*arguments: str) -> ml_collections.ConfigDict:
+  """The config of a command line."""
+  values, argv = flags.FlagValues(), ["main", *arguments]
+  config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+  values(argv)
+  return values.config
+
+
+def test_the_command_line_gives_values_where_none_stands():
+  config = parsed(
+    f"--config={CONFIGS / 'report.py'}",
+    "--config.evaluation.num_samples=100",
+    "--config.evaluation.during_training.every=7",
+    "--config.evaluation.samplers=('gd', 'nag')",
+    "--config.evaluation.plot_sampler=gd",
+    "--config.optimizer.clip_norm=1",
+    "--config.train.profile=(3, 5)",
+    "--config.train.init_from=runs/other",
+    "--config.samplers.gd.threshold=0.5",
+    "--config.samplers.gd.guidance_channels=3",
+    "--config.samplers.gd.guidance_interval=(1.0, 9.0)",
+    "--config.samplers.gd.step_size=auto",
+    "--config.samplers.nag.step_size=0.01",
+    "--config.tasks.denoise.gammas=(0.5,)",
+    "--config.tasks.compose.checkpoints=('a.pt', None)",
+  )
+  assert load_config("report").evaluation.num_samples is None
+  assert (config.evaluation.num_samples, config.evaluation.during_training.every) == (100, 7)
+  assert (config.evaluation.samplers, config.evaluation.plot_sampler) == (("gd", "nag"), "gd")
+  assert config.optimizer.clip_norm == 1.0 and isinstance(config.optimizer.clip_norm, float)
+  assert (config.train.profile, config.train.init_from) == ((3, 5), "runs/other")
+  row = config.samplers.gd
+  assert (row.threshold, row.guidance_channels, row.guidance_interval, row.step_size) == (0.5, 3, (1.0, 9.0), "auto")
+  assert config.samplers.nag.step_size == 0.01 and config.samplers.nag.threshold is None
+  assert config.tasks.denoise.gammas == (0.5,) and config.tasks.compose.checkpoints == ("a.pt", None)
+
+
+@pytest.mark.parametrize("argument", ["evaluation.num_samples=many", "samplers.gd.threshold=low", "train.stpes=3"])
+def test_the_command_line_refuses_other_types_and_keys(argument):
+  key = argument.partition("=")[0].split(".")[-1]
+  with pytest.raises((flags.Error, AttributeError, KeyError), match=key):
+    parsed(f"--config={CONFIGS / 'digits.py'}", f"--config.{argument}")
+
+
+def test_configs_work_anywhere_and_import_nothing_of_the_package(tmp_path):
+  shutil.copytree(CONFIGS, tmp_path / "share" / "configs")
+  code = (
+    "import runpy, sys\n"
+    "for file in sys.argv[1:]:\n"
+    "  runpy.run_path(file)['get_config']()\n"
+    "assert not [name for name in sys.modules if name.partition('.')[0] in ('eqm_jax', 'jax', 'flax')]"
+  )
+  files = [os.path.join("share", "configs", f"{name}.py") for name in ("base", *EXPERIMENTS)]
+  subprocess.run([sys.executable, "-c", code, *files], cwd=tmp_path, check=True, env=environment())
+
+
+def test_all_configs_together_are_short():
+  assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in CONFIGS.glob("*.py")) <= 800
+
+
+def test_the_report_has_texts_for_every_claim():
+  claims = load_config("report").report.text.claims
+  assert set(claims) == set(report.CLAIMS)
+  assert all(title and paper for title, paper in claims.values())
 
 
 def write_images(directory: pathlib.Path, *, size: int, classes: int = 2, images: int = 12):
@@ -41,26 +353,26 @@ def small_imagenet(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.mesh.fsdp = 1
   config.train.update(steps=3, batch_size=8)
   config.checkpoint.every = 2
-  config.evaluation.update(samples=10, batch_size=8, features=("raw",), rows=())
-  config.sample.update(count=10, batch_size=8)
+  config.evaluation.update(num_samples=10, batch_size=8, features=("raw",), samplers=None)
+  config.sample.update(num_samples=10, batch_size=8)
   for row in config.samplers.values():
-    row.max_evaluations = 4
+    row.max_nfe = 4
   return config
 
 
 def small_cifar10(directory: pathlib.Path) -> ml_collections.ConfigDict:
   """The CIFAR-10 config on a TFDS build of two classes, written here, at 8×8 pixels."""
   write_build(directory / "tfds")
-  config = load_config("cifar10", None)
+  config = load_config("cifar10")
   config.data.options.update(name="tiny", path=str(directory / "tfds"), size=8)
   config.model.update(input_size=8, width=16, depth=1, num_heads=2, num_classes=2)
   config.train.update(steps=3, batch_size=8)
   config.optimizer.warmup_steps = 1
-  config.evaluation.update(samples=10, batch_size=10, unit=10, features=("raw",))
-  config.evaluation.during_training.update(every=3, samples=10)
-  config.sample.update(count=10, batch_size=10)
+  config.evaluation.update(num_samples=10, batch_size=10, chunk_size=10, features=("raw",))
+  config.evaluation.during_training.update(every=3, num_samples=10)
+  config.sample.update(num_samples=10, batch_size=10)
   for row in config.samplers.values():
-    row.max_evaluations = 4
+    row.max_nfe = 4
   return config
 
 
@@ -72,10 +384,10 @@ def small_photographs(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.autoencoder.batch_size = 10
   config.train.update(steps=3, batch_size=8)
   config.optimizer.warmup_steps = 1
-  config.evaluation.update(samples=10, batch_size=2, unit=10)
-  config.evaluation.during_training.update(every=3, samples=10)
-  config.sample.update(count=10, batch_size=2)
-  config.tasks.update(count=10, batch_size=10)
+  config.evaluation.update(num_samples=10, batch_size=2, chunk_size=10)
+  config.evaluation.during_training.update(every=3, num_samples=10)
+  config.sample.update(num_samples=10, batch_size=2)
+  config.tasks.update(num_images=10, batch_size=10)
   config.tasks.inpaint.update(settle=2, tries=1)
   return config
 
@@ -85,10 +397,10 @@ def small_digits(directory: pathlib.Path) -> ml_collections.ConfigDict:
   config.model.update(width=16, depth=1, num_heads=2)
   config.train.update(steps=4, batch_size=8)
   config.optimizer.warmup_steps = 1
-  config.evaluation.update(samples=10, batch_size=2, unit=10)
-  config.evaluation.during_training.update(every=4, samples=10)
-  config.sample.update(count=10, batch_size=2)
-  config.tasks.update(count=10, batch_size=10)
+  config.evaluation.update(num_samples=10, batch_size=2, chunk_size=10)
+  config.evaluation.during_training.update(every=4, num_samples=10)
+  config.sample.update(num_samples=10, batch_size=2)
+  config.tasks.update(num_images=10, batch_size=10)
   config.tasks.inpaint.update(settle=2, tries=1)
   return config
 
@@ -165,65 +477,42 @@ def test_every_key_is_read_by_a_run(small, modes, tmp_path):
   config = small(tmp_path)
   with dead_keys(config) as dead:
     for mode in ("train", "sample", *modes):
-      programs.run(mode, config, str(tmp_path / "run"), None)
+      modes_lib.run(mode, config, str(tmp_path / "run"))
     # A row reads the keys of its own kind: one that integrates with step control besides those that descend.
-    model = dit.DiT(**config.model)
-    batching = samplers.Batching(8, jax.random.key(0), 4.0)
+    generator = Generator(dit.DiT(**config.model), None, jax.random.key(0), 8, 4.0)
     for row in config.samplers.values():
       other = row.copy_and_resolve_references()
       other.update(rule="heun", tolerance=1e-3)
-      samplers.check("other", other, model, batching)
+      generator.check("other", other)
   if "inception" not in config.evaluation.features:
     dead = [key for key in dead if not key.startswith("evaluation.inception.")]
-  if config.autoencoder.path == "":  # samples are pixels
+  if config.autoencoder.path is None:  # samples are pixels
     dead = [key for key in dead if not key.startswith("autoencoder.")]
   dead = [key for key in dead if modes == TASKS or not key.startswith("tasks.")]
   dead = [key for key in dead if not key.startswith("benchmark.")]  # tests/benchmark reads them
   assert not dead, f"keys that nothing reads: {dead}"
-  report = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
-  assert set(report["rows"]) == set(config.evaluation.rows or config.samplers)
-  for row in report["rows"].values():
-    assert all(np.isfinite(found["frechet"]) for found in row["scores"].values())
+  evaluation = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+  assert set(evaluation["rows"]) == set(config.evaluation.samplers or config.samplers)
+  for row in evaluation["rows"].values():
+    assert all(np.isfinite(found["frechet"]) for found in row["metrics"].values())
 
 
 @pytest.mark.slow  # CI runs the whole report in its short form
 def test_every_key_of_the_report_is_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(runs, "CHANGES", {name: runs.CHANGES[name] for name in ("eqm", "flow_matching")})
-  monkeypatch.setattr(report, "CLAIMS", {"denoising": report.CLAIMS["denoising"]})
+  monkeypatch.setattr(lab, "MODELS", {name: lab.MODELS[name] for name in ("eqm", "flow_matching")})
   config = load_config("report", "quick")
   config.model.width = 16
   config.train.steps = 2
   config.optimizer.warmup_steps = 1
-  config.report.update(samples=20, batch_size=20, held_out=20, evaluations=4)
+  config.report.update(num_samples=20, batch_size=20, num_held_out=20, max_nfe=4)
+  with config.unlocked():
+    config.report.text.claims = {"denoising": config.report.text.claims.denoising}
   with dead_keys(config) as dead:
-    programs.run("report", config, str(tmp_path), None)
+    modes_lib.run("report", config, str(tmp_path))
   assert not [key for key in dead if key.startswith("report.")]
 
 
-@pytest.mark.parametrize(
-  "name, variant",
-  [
-    ("imagenet256", "XL/2"),
-    ("imagenet256", "B/4-online"),
-    ("imagenet256", "S/8-tfds"),
-    ("imagenet512", "XL/2"),
-    ("imagenet512", "XL/2-online"),
-    ("toy2d", "two_moons"),
-    ("mnist", ""),
-    ("mnist", "28"),
-    ("cifar10", None),
-    ("photographs", ""),
-    ("photographs", "online"),
-  ],
-)
-def test_configs_have_the_keys_of_the_digits(name, variant):
-  """So what is read of one is read of all; samplers, what the source takes and what is prepared are their own."""
-  own = ("data.options.", "samplers.", "prepare.")
-  ours, theirs = (set(leaves(load_config(*which))) for which in ((name, variant), ("digits", "")))
-  assert {key for key in ours ^ theirs if not key.startswith(own)} == set()
-
-
-def test_a_key_that_nothing_reads_is_found():
+def test_a_key_that_no_run_reads_is_found():
   config = load_config("digits", "smoke")
   config.train.dead, config.samplers.gd.dead = 1, 2
   with dead_keys(config) as dead:
@@ -249,6 +538,8 @@ def test_imagenet_variants_are_the_published_sizes(size, patch):
     ("imagenet256", "XL"),
     ("imagenet256", "B/2-offline"),
     ("mnist", "14"),
+    ("cifar10", "big"),
+    ("imagenet512", "XL/3"),
     ("photographs", "large"),
     ("toy2d", "three_moons"),
     ("toy2d", "two_moons-big"),
@@ -256,12 +547,13 @@ def test_imagenet_variants_are_the_published_sizes(size, patch):
   ],
 )
 def test_unknown_variants_are_refused(name, variant):
-  with pytest.raises(ValueError, match=re.escape(repr(variant))):
+  known = f"choose one of {', '.join(variants(name))}, or none" if variants(name) else "it has none"
+  with pytest.raises(ValueError, match=re.escape(f"configs/{name}.py has no variant {variant!r}: {known}")):
     load_config(name, variant)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
-def test_the_docstring_tells_command_hardware_and_result(path):
-  text = path.read_text(encoding="utf-8")
-  for word in ("Command:", f"--config=configs/{path.name}", "Hardware:", "Expected:"):
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_docstrings_have_command_hardware_and_result(name):
+  text = (CONFIGS / f"{name}.py").read_text(encoding="utf-8")
+  for word in ("Command:", f"--config=configs/{name}.py", "Hardware:", "Expected:"):
     assert word in text.split('"""')[1], word

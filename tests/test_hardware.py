@@ -37,7 +37,7 @@ CPU part	: 0xd0c
     (None, hardware.Processor("machine", "", ())),
   ],
 )
-def test_the_processor_is_told_from_others(monkeypatch, text, expected):
+def test_processors_of_different_generations_differ(monkeypatch, text, expected):
   def opened(*_, **__):
     if text is None:
       raise FileNotFoundError

@@ -1,4 +1,4 @@
-"""The command line: what is wrong is told in one line, before anything is compiled."""
+"""The command line: help, results, and mistakes that are refused in one line before anything is compiled."""
 
 import json
 import subprocess
@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_config
 
 import eqm_jax
+from eqm_jax import main, modes
 
 TINY = [
   "--config=configs/digits.py:smoke",
@@ -18,7 +19,7 @@ TINY = [
   "--config.train.steps=4",
   "--config.train.batch_size=8",
   "--config.optimizer.warmup_steps=1",
-  "--config.evaluation.samples=10",
+  "--config.evaluation.num_samples=10",
   "--config.evaluation.batch_size=2",
   "--config.sample.batch_size=2",
 ]
@@ -37,6 +38,25 @@ def trained(tmp_path_factory):
   return workdir
 
 
+def test_help_lists_the_modes_without_config_and_workdir():
+  finished = run("--mode=help")
+  assert finished.returncode == 0, finished.stderr
+  for name in modes.NAMES:
+    mode = modes.declaration(name)
+    assert f" {name} " in finished.stdout
+    assert all(word in finished.stdout for word in f"{mode.summary} {mode.writes}".split())  # lines are wrapped
+
+
+def test_help_explains_the_flags():
+  finished = run("--help")
+  assert "--mode: <prepare|train|" in finished.stdout and "configs/base.py documents them all" in finished.stdout
+
+
+def test_config_and_workdir_are_required():
+  finished = run("--config=configs/digits.py:smoke")
+  assert finished.returncode == 1 and "error: --workdir missing: --mode=train needs" in finished.stderr
+
+
 def test_a_run_writes_what_it_promises(trained):
   report = json.loads((trained / "evaluation" / "evaluation.json").read_text())
   assert set(report["rows"]) == {"gd", "nag", "adaptive"}
@@ -46,7 +66,7 @@ def test_a_run_writes_what_it_promises(trained):
     "samples_adaptive.png",
     "descent.png",
     "descent.gif",
-    "evaluations_adaptive.png",
+    "nfe_adaptive.png",
   ):
     assert (trained / "evaluation" / name).stat().st_size > 100
   steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -56,21 +76,22 @@ def test_a_run_writes_what_it_promises(trained):
 
 @pytest.mark.slow
 def test_evaluating_again_with_another_sampler_needs_no_training(trained):
-  finished = run(*TINY, f"--workdir={trained}", "--mode=evaluate", "--config.samplers.gd.max_evaluations=3")
+  finished = run(*TINY, f"--workdir={trained}", "--mode=evaluate", "--config.samplers.gd.max_nfe=3")
   assert finished.returncode == 0, finished.stderr
   report = json.loads((trained / "evaluation" / "evaluation.json").read_text())
-  assert report["rows"]["gd"]["evaluations"]["mean"] == 3
+  assert report["rows"]["gd"]["nfe"]["mean"] == 3
   assert "step 1/" not in finished.stderr
 
 
 @pytest.mark.slow
 def test_samples_go_to_files(trained):
-  asked = ["--config.sample.count=5", "--config.sample.labels=3,7-8", "--config.sample.images=True"]
+  asked = ["--config.sample.num_samples=5", "--config.sample.labels=3,7-8", "--config.sample.save_images=True"]
   row = "--config.samplers.adaptive."
   asked += [row + "guidance=1.5", row + "guidance_channels=1", row + "guidance_interval=(1.0,100.0)", row + "rule=nag"]
+  asked.append(row + "momentum=0.3")
   finished = run(*TINY, f"--workdir={trained}", "--mode=sample", *asked)
   assert finished.returncode == 0, finished.stderr
-  assert "images/s" in finished.stderr and "evaluations an image" in finished.stderr
+  assert "images/s" in finished.stderr and "NFE" in finished.stderr
   directory = trained / "samples"
   names = sorted(path.name for path in (directory / "images").iterdir())
   assert names == ["000000_3.png", "000001_7.png", "000002_8.png", "000003_3.png", "000004_7.png"]
@@ -84,7 +105,7 @@ def test_samples_go_to_files(trained):
 def test_the_authors_checkpoint_can_be_sampled(tmp_path):
   pretrained = eqm_jax.load(ROOT / "tests" / "reference" / "eqm_tiny.pt", num_heads=4)
   eqm_jax.export_reference(tmp_path / "tiny.pt", pretrained.model, pretrained.params)
-  flags = [f"--checkpoint={tmp_path / 'tiny.pt'}", "--config.sample.count=3", f"--workdir={tmp_path}"]
+  flags = [f"--checkpoint={tmp_path / 'tiny.pt'}", "--config.sample.num_samples=3", f"--workdir={tmp_path}"]
   finished = run(*TINY, "--mode=sample", *flags)
   assert finished.returncode == 0, finished.stderr
   assert np.load(tmp_path / "samples" / "samples.npz")["x"].shape == (3, 8, 8, 4)
@@ -94,20 +115,21 @@ def test_the_authors_checkpoint_can_be_sampled(tmp_path):
 def test_another_config_on_the_same_workdir_is_refused(trained):
   finished = run(*TINY, f"--workdir={trained}", "--config.objective.schedule.multiplier=2.0")
   assert finished.returncode == 1
-  assert "objective.schedule.multiplier: 4.0 there, 2.0 given" in finished.stderr
+  assert "objective.schedule.multiplier: 4.0 in the workdir, 2.0 in this config" in finished.stderr
 
 
 @pytest.mark.parametrize(
   "arguments, text",
   [
     (["--config.model.dpeth=3"], "Did you mean depth"),
+    (["--config.samplers.gd.max_evaluations=3"], "samplers.gd.max_evaluations: there is no key"),
     pytest.param(["--config.modle.depth=3"], "Did you mean model", marks=pytest.mark.slow),
     pytest.param(["--config.model.depth=three"], "three", marks=pytest.mark.slow),
     (["--mode=dream"], "dream"),
     pytest.param(["stray"], "stray", marks=pytest.mark.slow),
-    (["--config.data.source=cifar"], "choose one of digits, mnist"),
+    (["--config.data.source=cifar"], "must be one of digits, mnist"),
     pytest.param(
-      ["--config.model.patch_size=3"], "patch_size = 3 does not divide input_size = 8", marks=pytest.mark.slow
+      ["--config.model.patch_size=3"], "patch_size = 3 does not divide model.input_size = 8", marks=pytest.mark.slow
     ),
     pytest.param(["--config.mesh.data=3"], "there are 1", marks=pytest.mark.slow),
     (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere: no such model"),
@@ -117,22 +139,35 @@ def test_another_config_on_the_same_workdir_is_refused(trained):
       marks=pytest.mark.slow,
     ),
     pytest.param(["--config.samplers.gd.step_size=-1.0"], "samplers.gd: step_size = -1.0", marks=pytest.mark.slow),
-    pytest.param(["--config.evaluation.pictured=best"], "evaluation.pictured = 'best'", marks=pytest.mark.slow),
+    pytest.param(["--config.evaluation.plot_sampler=best"], "evaluation.plot_sampler = 'best'", marks=pytest.mark.slow),
     pytest.param(
       ["--config.model.time_input=True", "--config.objective.kind=flow_matching"],
-      "evaluation.samples = 0",
+      "evaluation.num_samples = None",
       marks=pytest.mark.slow,
     ),
-    pytest.param(["--checkpoint=x.pt"], "--checkpoint=x.pt is for", marks=pytest.mark.slow),
-    pytest.param(["--config.data.source=latents"], "which takes: path, verify", marks=pytest.mark.slow),
+    pytest.param(
+      ["--checkpoint=x.pt"],
+      "--checkpoint=x.pt: --mode=train takes no checkpoint: training resumes",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(["--config.data.source=latents"], "it takes path, verify", marks=pytest.mark.slow),
   ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, arguments, text):
+def test_mistakes_are_refused_in_one_line(tmp_path, arguments, text):
   finished = run(*TINY, f"--workdir={tmp_path / 'run'}", *arguments)
   assert finished.returncode != 0
   assert text in finished.stderr and "Traceback" not in finished.stderr
 
 
-def test_a_config_that_is_not_there_is_told(tmp_path):
+def test_a_missing_config_is_refused(tmp_path):
   finished = run("--config=configs/nothing.py", f"--workdir={tmp_path}")
-  assert finished.returncode != 0 and "configs/nothing.py" in finished.stderr and "Traceback" not in finished.stderr
+  assert finished.returncode != 0
+  assert finished.stderr.startswith("error: --config=configs/nothing.py: there is no file configs/nothing.py")
+
+
+def test_keys_that_may_be_none_take_it_from_the_command_line():
+  config = load_config("digits")
+  main._set_none(config, "evaluation.num_samples")
+  assert config.evaluation.num_samples is None
+  with pytest.raises(ValueError, match="config.train.steps = None must be a value"):
+    main._set_none(config, "train.steps")

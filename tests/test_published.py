@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, legacy_file, legacy_state_dict, legacy_tensor, load_config
 
-from eqm_jax import programs
-from eqm_jax.convert import inception as convert
-from eqm_jax.convert import reference
-from eqm_jax.data import shipped
-from eqm_jax.evaluation.distances import inception_score
-from eqm_jax.evaluation.moments import Moments
+from eqm_jax import modes
+from eqm_jax.checkpoints import eqm_torch
+from eqm_jax.checkpoints import inception as convert
+from eqm_jax.data import builtin
+from eqm_jax.evaluation.metrics import GaussianStatistics, inception_score
 from eqm_jax.networks import dit, inception
 
 
@@ -26,11 +25,11 @@ from eqm_jax.networks import dit, inception
 )
 def test_the_published_settings_are_what_is_evaluated(variant, settings):
   config = load_config("imagenet256", variant)
-  (name,) = config.evaluation.rows
+  (name,) = config.evaluation.samplers
   assert {key: config.samplers[name][key] for key in settings} == settings
-  assert config.samplers[name].max_evaluations == 249 and config.samplers[name].threshold == 0
+  assert config.samplers[name].max_nfe == 249 and config.samplers[name].threshold is None
   options = config.evaluation
-  assert options.samples == 50_000 and options.labels == "random" and options.weights == "ema"
+  assert options.num_samples == 50_000 and options.labels == "random" and options.weights == "ema"
   assert tuple(options.features) == ("inception",) and options.inception.resize == "tf1"
   assert options.inception.reference.endswith("VIRTUAL_imagenet256_labeled.npz")
   assert config.autoencoder.dtype == "float32"
@@ -46,9 +45,12 @@ def write_weights(path):
 
 def write_reference(path, weights):
   """Twenty patches of photographs in the form of ADM's file."""
-  images = np.rint(127.5 * shipped.photographs(size=64, stride=30).images[:20] + 127.5).astype(np.uint8)
+  images = np.rint(127.5 * builtin.photographs(size=64, stride=30).images[:20] + 127.5).astype(np.uint8)
   found = inception.features(convert.load(weights), images)
-  pool, spatial = Moments.of(np.asarray(found["pool"])), Moments.of(np.asarray(found["spatial"]).reshape(20, -1))
+  pool, spatial = (
+    GaussianStatistics.of(np.asarray(found["pool"])),
+    GaussianStatistics.of(np.asarray(found["spatial"]).reshape(20, -1)),
+  )
   (mean, covariance), (mean_s, covariance_s) = ((m.gaussian.mean, m.gaussian.covariance) for m in (pool, spatial))
   np.savez(path, arr_0=images, mu=mean, sigma=covariance, mu_s=mean_s, sigma_s=covariance_s)
 
@@ -60,18 +62,18 @@ def test_a_checkpoint_of_the_authors_is_evaluated_with_one_command(tmp_path):
   params = jax.device_get(jax.jit(model.init)(jax.random.key(0), x, label)["params"])
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
-  reference.export_reference(str(tmp_path / "EqM.pt"), model, params)
+  eqm_torch.export_reference(str(tmp_path / "EqM.pt"), model, params)
   weights = write_weights(tmp_path / "inception.pth")
   write_reference(tmp_path / "VIRTUAL.npz", weights)
 
   config = load_config("imagenet256", "XL/2")
   config.autoencoder.path = str(ROOT / "tests" / "reference" / "vae_tiny")
-  config.evaluation.update(samples=12, batch_size=4, unit=6, npz=True)
+  config.evaluation.update(num_samples=12, batch_size=4, chunk_size=6, save_npz=True)
   config.evaluation.inception.update(
     path=str(tmp_path / "inception.pth"), reference=str(tmp_path / "VIRTUAL.npz"), batch_size=6
   )
-  config.samplers.published_xl2.max_evaluations = 5
-  programs.run("evaluate", config, str(tmp_path / "run"), str(tmp_path / "EqM.pt"))
+  config.samplers.published_xl2.max_nfe = 5
+  modes.run("evaluate", config, str(tmp_path / "run"), str(tmp_path / "EqM.pt"))
 
   report = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
   assert report["weights"]["checkpoint"].endswith("EqM.pt") and report["labels"] == "random"
@@ -80,15 +82,15 @@ def test_a_checkpoint_of_the_authors_is_evaluated_with_one_command(tmp_path):
   assert report["autoencoder"].startswith("ema ")
   row = report["rows"]["published_xl2"]
   assert (row["rule"], row["eta"], row["momentum"], row["guidance"]) == ("nag", 0.0017, 0.3, 1.5)
-  scores = row["scores"]["inception"]
-  assert scores["frechet"] > 0 and scores["spatial_frechet"] > 0 and scores["inception_score"] >= 1
-  assert {"frechet_error", "kernel_distance", "precision", "recall"} <= set(scores)
+  metrics = row["metrics"]["inception"]
+  assert metrics["frechet"] > 0 and metrics["spatial_frechet"] > 0 and metrics["inception_score"] >= 1
+  assert {"frechet_error", "kernel_distance", "precision", "recall"} <= set(metrics)
   # The images that were judged are those in the file: ADM's evaluator would see the same.
   with np.load(tmp_path / "run" / "evaluation" / "published_xl2.npz") as arrays:
     images = arrays["arr_0"]
   assert images.shape == (12, 64, 64, 3) and images.dtype == np.uint8
   logits = np.asarray(inception.features(convert.load(weights), images)["logits_unbiased"])
-  np.testing.assert_allclose(scores["inception_score"], inception_score(logits)[0], rtol=1e-5)
+  np.testing.assert_allclose(metrics["inception_score"], inception_score(logits)[0], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -100,12 +102,12 @@ def test_statistics_of_a_data_set_are_computed_with_one_command(tmp_path):
   config.evaluation.inception.update(
     path=str(tmp_path / "inception.pth"), reference=str(tmp_path / "s.npz"), batch_size=8
   )
-  programs.run("statistics", config, str(tmp_path / "run"), None)
-  source = shipped.photographs(size=64, stride=60, shrink=2)
+  modes.run("statistics", config, str(tmp_path / "run"))
+  source = builtin.photographs(size=64, stride=60, shrink=2)
   images = np.rint(127.5 * source.images + 127.5).astype(np.uint8)
   pool = np.asarray(inception.features(convert.load(weights), images)["pool"])
   with np.load(tmp_path / "s.npz") as file:
     np.testing.assert_allclose(file["mu"], pool.mean(axis=0), rtol=1e-4, atol=1e-6)
     assert file["sigma_s"].shape == (2023, 2023) and len(file["features"]) == len(source)
   with pytest.raises(ValueError, match="a file that is not there yet"):
-    programs.run("statistics", config, str(tmp_path / "run"), None)
+    modes.run("statistics", config, str(tmp_path / "run"))

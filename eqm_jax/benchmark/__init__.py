@@ -1,1 +1,0 @@
-"""How fast everything is: the measurements of --mode=benchmark."""

@@ -1,8 +1,9 @@
-"""The instruments of a benchmark: timer, compiler, memory gauge, and the matrix-product peak of the machine."""
+"""Instruments of a benchmark: timer, compiled programs, memory, and the matrix-product peak of the machine."""
 
 import contextlib
 import dataclasses
 import math
+import pathlib
 import re
 import statistics
 import time
@@ -11,57 +12,66 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-SHORTEST_TURN = 0.1  # seconds: quicker functions are called several times in a turn, or the clock would show
-LONGEST_CASE = 60.0  # seconds after which no further turn begins, however many were asked for
+from eqm_jax.networks.dit import DiT
+from eqm_jax.training import sharding
+
+SHORTEST_TURN = 0.1  # seconds; faster functions are called several times in a turn, so that the clock is exact enough
+LONGEST_CASE = 60.0  # seconds after which no further turn begins
 MOST_CALLS = 500  # in one turn
 # Sides of the square products: the rate of the smaller one is higher where the larger one outgrows the caches.
 PRODUCT_SIDES = {"cpu": (1024, 2048), "other": (4096, 8192)}
+MEMORY_REMEDY = (
+  "make train.batch_size smaller, set model.remat to 'dots_no_batch' or 'full', split the batch with "
+  "train.grad_accum_steps, or give the mesh more devices"
+)
+# Files of a container with its limit of memory and its use, by the kernel's interfaces of versions 2 and 1.
+CGROUP_FILES = (
+  ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+  ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Seconds of one call, for each turn of a measurement."""
+  """Seconds per call, one number for each turn of a measurement."""
 
   turns: tuple[float, ...]
-  calls: int  # in each turn; a turn's seconds are divided by them
+  calls: int = 1  # in each turn
 
   @property
   def median(self) -> float:
     return statistics.median(self.turns)
 
   def divided(self, parts: float) -> "Timing":
-    """The seconds of one of `parts` equal parts of a call."""
+    """Seconds of one of `parts` equal parts of a call."""
     return Timing(tuple(seconds / parts for seconds in self.turns), self.calls)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled function, the time its compilation took, and the memory it needs."""
+  """A compiled function, its compile time, and its memory."""
 
   call: Callable
   compile_seconds: float  # tracing and lowering included
   bytes: int | None  # arguments, results and temporaries on one device; None where the compiler reports none
 
 
-def compile_program(function: Callable, *arguments: Any, donate: Sequence[int] = ()) -> Program:
-  """Compiles a function, jitted or not, for these arguments, which may be arrays or their shapes."""
-  jitted = function if hasattr(function, "lower") else jax.jit(function, donate_argnums=donate)
+def compile_program(function: Callable, *arguments: Any) -> Program:
+  """Compiles a function, jitted or not, for arguments that may be arrays or their shapes."""
+  jitted = function if hasattr(function, "lower") else jax.jit(function)
   begin = time.perf_counter()
   compiled = jitted.lower(*arguments).compile()
   seconds = time.perf_counter() - begin
-  return Program(compiled, seconds, _program_bytes(compiled))
-
-
-def _program_bytes(compiled: jax.stages.Compiled) -> int | None:
   memory = compiled.memory_analysis()
   if memory is None:
-    return None
+    return Program(compiled, seconds, None)
   # Results in the place of donated arguments are counted once.
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+  return Program(compiled, seconds, memory.argument_size_in_bytes + results + memory.temp_size_in_bytes)
 
 
 def timed(
@@ -70,11 +80,11 @@ def timed(
   """Times calls of a function until their results are ready.
 
   Args:
-    function: compiled already, or plain Python.
+    function: a compiled function, or plain Python.
     arguments: of every call.
-    turns: how many times are taken; fewer, but at least one, where they take more than LONGEST_CASE seconds.
-    carry: the first argument of the next call is the first result of this one, as of a step that donates its state.
-    warm_up: first call it once, untimed.
+    turns: number of turns; fewer, but at least one, where they take more than LONGEST_CASE seconds.
+    carry: the first argument of a call is the first result of the previous one, as in a step that donates its state.
+    warm_up: begins with an untimed call.
 
   Returns:
     The times, and the result of the last call.
@@ -95,7 +105,7 @@ def timed(
     result, arguments = run(1, arguments)
     once = time.perf_counter() - begin
     calls = min(MOST_CALLS, max(1, math.ceil(SHORTEST_TURN / once)))
-    if once > LONGEST_CASE / 4:  # slow functions vary little, and this call was warm already
+    if once > LONGEST_CASE / 4:  # slow functions vary little, and this call was warm
       seconds.append(once)
   while len(seconds) < turns and (not seconds or sum(seconds) * calls < LONGEST_CASE):
     begin = time.perf_counter()
@@ -104,76 +114,107 @@ def timed(
   return Timing(tuple(seconds), calls), result
 
 
+def product_peak(precision: str, devices: Sequence[jax.Device], turns: int) -> dict[str, float]:
+  """The highest `flops_per_second` of square matrix products on all devices together, and its `side`.
+
+  `precision` is the type of the factors, "float32" or "bfloat16"; or "float32 exact", for which accelerators do not
+  round them.
+  """
+  highest = jax.lax.Precision.HIGHEST if precision.endswith("exact") else None
+  split = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
+  multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision=highest), out_shardings=split)
+  best = {"flops_per_second": 0.0, "side": 0}
+  for side in PRODUCT_SIDES.get(devices[0].platform, PRODUCT_SIDES["other"]):
+    shape = (len(devices), side, side)
+    factors = [jax.random.normal(jax.random.key(i), shape).astype(precision.split()[0]) for i in range(2)]
+    timing, _ = timed(multiply, *jax.device_put(factors, split), turns=turns)
+    rate = len(devices) * 2 * side**3 / min(timing.turns)
+    if rate > best["flops_per_second"]:
+      best = {"flops_per_second": rate, "side": side}
+  return best
+
+
 @contextlib.contextmanager
 def peak_process_memory() -> Iterator[list[int]]:
-  """Fills the list with the most memory, in bytes, that this process held at one time inside.
+  """Fills the list with the peak memory of this process, in bytes, inside the context.
 
-  Linux forgets the high-water mark of the resident set on request; where it does not, the list stays empty.
+  Linux resets the high-water mark of the resident set on request; elsewhere the list stays empty.
   """
   peak: list[int] = []
   try:
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-      file.write("5")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
     resets = True
   except OSError:
     resets = False
   yield peak
   if resets:
-    with open("/proc/self/status", encoding="ascii") as file:
-      peak.append(int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1]) * 1024)
+    peak.append(_kilobytes("/proc/self/status", "VmHWM") * 1024)
+
+
+def _kilobytes(path: str, key: str) -> int:
+  return int(re.search(rf"{key}:\s+(\d+) kB", pathlib.Path(path).read_text())[1])
 
 
 def peak_device_memory(devices: Sequence[jax.Device]) -> int | None:
-  """The most bytes that one of these devices has held so far; None for CPUs, which keep no count."""
-  peaks = [stats["peak_bytes_in_use"] for device in devices if (stats := device.memory_stats())]
-  return max(peaks) if peaks else None
+  """The largest peak of the devices' memory so far, in bytes; None for CPUs, which keep no count."""
+  stats = [device.memory_stats() for device in devices]
+  return max((one["peak_bytes_in_use"] for one in stats if one), default=None)
 
 
 def available_memory(devices: Sequence[jax.Device]) -> int | None:
-  """Bytes that one device can still take; the devices of a CPU share its memory. None: unknown."""
-  free = [
-    stats["bytes_limit"] - stats["bytes_in_use"]
-    for device in devices
-    if (stats := device.memory_stats()) and "bytes_limit" in stats
-  ]
+  """Free bytes of one device, or None if unknown; the devices of a CPU share its memory."""
+  stats = [device.memory_stats() or {} for device in devices]
+  free = [one["bytes_limit"] - one["bytes_in_use"] for one in stats if "bytes_limit" in one]
   if free:
     return min(free)
   try:
-    with open("/proc/meminfo", encoding="ascii") as file:
-      available = int(re.search(r"MemAvailable:\s+(\d+) kB", file.read())[1]) * 1024
+    available = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
   except (OSError, TypeError):
     return None
-  for limit, used in (  # of the container, version 2 and 1 of the kernel's interface
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-  ):
-    with contextlib.suppress(OSError, ValueError), open(limit) as limit_file, open(used) as used_file:
-      available = min(available, int(limit_file.read()) - int(used_file.read()))
+  for limit, used in CGROUP_FILES:
+    with contextlib.suppress(OSError, ValueError):
+      available = min(available, int(pathlib.Path(limit).read_text()) - int(pathlib.Path(used).read_text()))
   return available // len(devices)
 
 
-def product_peak(precision: str, devices: Sequence[jax.Device], turns: int) -> dict[str, float]:
-  """The highest rate of square matrix products on all these devices at once.
+def fits(required: int | None, available: int | None) -> bool:
+  """Whether a device has the required bytes; true where one of the numbers is unknown."""
+  return required is None or available is None or required <= available
 
-  Args:
-    precision: "float32" or "bfloat16", the type of the factors; or "float32 exact", which accelerators compute
-      without rounding the factors first.
-    devices: of this process.
-    turns: of each side length.
 
-  Returns:
-    flops_per_second, of all devices together, in the fastest turn; side, the length with which it was reached.
+def check_fits(what: str, required: int | None, available: int | None):
+  """Raises ValueError if a device has less than the required bytes."""
+  if not fits(required, available):
+    sizes = f"{required / 2**30:.2f} GiB on each device, but {available / 2**30:.2f} GiB are available"
+    raise ValueError(f"{what} needs about {sizes}: {MEMORY_REMEDY}")
+
+
+def check_training_memory(
+  config: ml_collections.ConfigDict, shapes: Any, shardings: Any, devices: Sequence[jax.Device]
+) -> dict[str, int | None]:
+  """Refuses, before anything is compiled, a training step that cannot fit the memory.
+
+  `shapes` and `shardings` are those of the training state. Returns `estimate` and `available`, bytes of one device.
   """
-  dtype = jnp.dtype(precision.split()[0])
-  exact = jax.lax.Precision.HIGHEST if precision.endswith("exact") else None
-  spread = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
-  multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision=exact), out_shardings=spread)
-  best = {"flops_per_second": 0.0, "side": 0}
-  for side in PRODUCT_SIDES.get(devices[0].platform, PRODUCT_SIDES["other"]):
-    shape = (len(devices), side, side)
-    factors = [jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i in range(2)]
-    timing, _ = timed(multiply, *(jax.device_put(factor, spread) for factor in factors), turns=turns)
-    rate = len(devices) * 2 * side**3 / min(timing.turns)
-    if rate > best["flops_per_second"]:
-      best = {"flops_per_second": rate, "side": side}
-  return best
+  mesh = jax.tree.leaves(shardings)[0].mesh
+  samples = config.train.batch_size / (mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps)
+  activations = round(samples * activation_bytes(DiT(**config.model)) / mesh.shape["tensor"])
+  state = sharding.held(shapes, shardings)
+  gradient = sharding.held(shapes.params, shardings.params)
+  estimate, available = state + gradient + activations, available_memory(devices)
+  check_fits("the training step", estimate, available)
+  return {"estimate": estimate, "available": available}
+
+
+def activation_bytes(model: DiT) -> int:
+  """A lower estimate of what the backward pass keeps of one sample, by formula.
+
+  Of each block without rematerialisation: factors and results of its matrix products, and the attention weights before
+  and after the softmax. With the policies "dots" and "dots_no_batch": what they name. With "full": the block's input.
+  """
+  T, D, size = (model.input_size // model.patch_size) ** 2, model.width, jnp.dtype(model.dtype).itemsize
+  products = size * T * (5 * D + round(D * model.mlp_ratio))  # query, key, value, two results; the hidden layer
+  weights = size * model.num_heads * T * T
+  policies = {"none": 2 * (products + weights), "dots": products + weights, "dots_no_batch": products}
+  block = {**policies, "full": size * T * D}[model.remat]
+  return model.depth * block * (1 if model.energy == "none" else 2)

@@ -1,159 +1,145 @@
-"""What was measured, as JSON, as tables, and beside an earlier measurement."""
+"""Results of a benchmark: as JSON, as Markdown tables, and compared with those of an earlier one."""
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import ml_collections
+import tabulate
 
-from eqm_jax.benchmark import machine as machine_lib
+from eqm_jax import hardware
 from eqm_jax.benchmark import measure
-from eqm_jax.files import read_json
-from eqm_jax.training.checks import differences
+from eqm_jax.io import read_json
+from eqm_jax.training.validation import differences
 
 KIND = "eqm_jax benchmark"
-TITLES = (
-  "case",
-  "unit",
-  "median",
-  "fastest – slowest",
-  "images/s",
-  "GFLOP",
-  "of peak",
-  "compiles",
-  "program",
-  "peak",
+SAME_MACHINE = ("platform", "device", "devices", "processor", "instruction_sets", "cores")  # for a comparison
+MOST_DIFFERENCES = 5  # in a message
+TITLES = "case, unit, median, fastest – slowest, images/s, GFLOP, of peak, compiles, program, peak".split(", ")
+LEGEND = (
+  "GFLOP are those of one unit on all devices, by formula, or with a star by XLA's count; *of peak* compares them with "
+  "the matrix products of the same precision. *program*: arguments, results and temporaries of the compiled program on "
+  "one device. *peak*: the peak memory of the process during the case or, on accelerators, of a device so far."
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Row:
   """One measured case. Times are seconds of one unit, such as a training step."""
 
   name: str
   about: str  # what was measured, with its sizes
   unit: str
-  seconds: float  # the median of the turns
-  fastest: float
-  slowest: float
-  turns: int
-  calls: int  # in each turn
+  timing: measure.Timing
+  program: measure.Program | None = None  # where something was compiled
+  compile_seconds: float | None = None  # where `program` does not have them
   images: float | None = None  # samples in a unit
-  compile_seconds: float | None = None
   flops: float | None = None  # of a unit, on all devices
   flops_by: str | None = None  # "formula" (networks/flops.py), or "compiler", XLA's own count
-  precision: str | None = None  # of its matrix products: which peak it is compared with
-  program_bytes: int | None = None  # arguments, results and temporaries of the program on one device
-  process_bytes: int | None = None  # the most that the process held at one time during the case
-  device_bytes: int | None = None  # the most that a device has held so far, on accelerators
+  precision: str | None = None  # of its matrix products, which selects the peak to compare with
+  process_bytes: int | None = None  # peak memory of the process during the case
+  device_bytes: int | None = None  # peak memory of a device so far, on accelerators
   details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+  @property
+  def seconds(self) -> float:
+    return self.timing.median
 
-def make_row(
-  name: str, about: str, unit: str, timing: measure.Timing, program: measure.Program | None = None, **others: Any
-) -> Row:
-  """A row from a timing and, where something was compiled, its program."""
-  compiled = {"compile_seconds": program.compile_seconds, "program_bytes": program.bytes} if program else {}
-  return Row(
-    name=name,
-    about=about,
-    unit=unit,
-    seconds=timing.median,
-    fastest=min(timing.turns),
-    slowest=max(timing.turns),
-    turns=len(timing.turns),
-    calls=timing.calls,
-    **{**compiled, **others},
-  )
+  def entry(self, peaks: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The entry of benchmark.json: the numbers that there are, and the rates beside the peaks."""
+    turns = self.timing.turns
+    entry = {"seconds": self.seconds, "fastest": min(turns), "slowest": max(turns)}
+    entry |= {"turns": len(turns), "calls": self.timing.calls}
+    if self.program:
+      entry |= {"compile_seconds": self.program.compile_seconds, "program_bytes": self.program.bytes}
+    fields = [field.name for field in dataclasses.fields(self) if field.name not in ("name", "timing", "program")]
+    entry |= {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+    if self.images:
+      entry["images_per_second"] = self.images / self.seconds
+    if self.flops and self.precision in peaks:
+      entry["flops_per_second"] = self.flops / self.seconds
+      entry["fraction_of_peak"] = entry["flops_per_second"] / peaks[self.precision]["flops_per_second"]
+    return {name: value for name, value in entry.items() if value is not None}
 
 
-def document(
-  config: ml_collections.ConfigDict,
-  machine: dict[str, Any],
-  memory: dict[str, int | None],
-  peaks: dict[str, dict[str, float]],
-  rows: Sequence[Row],
-  skipped: dict[str, str],
-) -> dict[str, Any]:
-  """The content of benchmark.json."""
-  comparable = comparable_config(config)
-  digest = hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()
+def describe_machine(devices: Sequence[jax.Device]) -> dict[str, Any]:
+  """Devices, processor and versions."""
+  processor = hardware.processor()
   return {
-    "kind": KIND,
-    "machine": machine,
-    "config_sha256": digest,
-    "config": comparable,
-    "memory": memory,
-    "peaks": peaks,
-    "rows": {row.name: _numbers(row, peaks) for row in rows},
-    "skipped": skipped,
-    "sweeps": {},
+    "platform": devices[0].platform,
+    "device": devices[0].device_kind,
+    "devices": len(devices),
+    "processor": processor.name,
+    "instruction_sets": list(processor.instruction_sets),
+    "cores": hardware.cores(),
+    "python": platform.python_version(),
+    "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    "compilation_cache": jax.config.jax_compilation_cache_dir,  # with one, compile times are those of reading it
   }
 
 
+def machine_sentence(machine: dict[str, Any]) -> str:
+  """The machine in one line."""
+  sets = ", ".join(machine["instruction_sets"]) or "vector instructions unknown"
+  versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+  processor = f"{machine['processor']} ({sets}), {machine['cores']} cores"
+  devices = "" if machine["platform"] == "cpu" else f"{machine['devices']} × {machine['device']}; "
+  forced = f", {machine['devices']} forced devices" if not devices and machine["devices"] > 1 else ""
+  flags = f"; XLA_FLAGS={machine['xla_flags'].strip()}" if machine["xla_flags"].strip() else ""
+  return f"{devices}{processor}{forced}; {versions}{flags}"
+
+
 def comparable_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The config without what changes none of the rows."""
+  """The config without the keys that change none of the rows."""
   content = json.loads(config.to_json())
   content["benchmark"].pop("sweeps")
   return content
 
 
-def _numbers(row: Row, peaks: dict[str, dict[str, float]]) -> dict[str, Any]:
-  numbers = {name: value for name, value in dataclasses.asdict(row).items() if name != "name" and value is not None}
-  if row.images:
-    numbers["images_per_second"] = row.images / row.seconds
-  if row.flops and row.precision in peaks:
-    numbers["flops_per_second"] = row.flops / row.seconds
-    numbers["fraction_of_peak"] = numbers["flops_per_second"] / peaks[row.precision]["flops_per_second"]
-  return numbers
+def config_entries(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The entries of benchmark.json about the config."""
+  comparable = comparable_config(config)
+  digest = hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()
+  return {"config_sha256": digest, "config": comparable}
 
 
 def line(row: Row) -> str:
   """A row as one line of a log."""
-  rate = f", {row.images / row.seconds:.4g} images/s" if row.images else ""
-  compiled = f", compiled in {row.compile_seconds:.1f} s" if row.compile_seconds is not None else ""
+  entry = row.entry({})
+  rate = f", {entry['images_per_second']:.4g} images/s" if "images_per_second" in entry else ""
+  compiled = f", compiled in {entry['compile_seconds']:.1f} s" if "compile_seconds" in entry else ""
   return f"{row.name}: {_seconds(row.seconds)} per {row.unit}{rate}{compiled}"
 
 
 def markdown(content: dict[str, Any]) -> str:
   """The tables of a benchmark."""
   rows = content["rows"]
-  parts = [machine_lib.sentence(content["machine"]), _peaks(content)]
-  parts.append(table(TITLES, [_cells(name, row) for name, row in rows.items()]))
-  batching = {name: row["details"] for name, row in rows.items() if "utilisation" in row["details"]}
-  if batching:
+  peaks = ", ".join(
+    f"{name} {peak['flops_per_second'] / 1e9:.4g} GFLOP/s ({peak['side']} × {peak['side']})"
+    for name, peak in content["peaks"].items()
+  )
+  parts = [machine_sentence(content["machine"]), f"Matrix products in this run: {peaks}. {LEGEND}"]
+  parts.append(_table(TITLES, [_cells(name, row) for name, row in rows.items()]))
+  descents = {name: row["details"] for name, row in rows.items() if "utilisation" in row["details"]}
+  if descents:
     titles = ["batching", "NFE, mean (10 % – 90 %)", "executed NFE", "utilisation"]
-    cells = [
-      [
-        name,
-        f"{details['nfe']:.1f} ({details['nfe_quantiles'][0]:.0f} – {details['nfe_quantiles'][1]:.0f})",
-        f"{details['executed_nfe']:.1f}",
-        f"{details['utilisation']:.2f}",
-      ]
-      for name, details in batching.items()
-    ]
-    parts.append(table(titles, cells))
-  others = [_other(name, row["details"]) for name, row in rows.items()]
-  notes = [f"- {name}: {row['about']}{other}" for (name, row), other in zip(rows.items(), others)]
+    parts.append(_table(titles, [_descent_cells(name, details) for name, details in descents.items()]))
+  notes = [f"- {name}: {row['about']}{_note(row['details'])}" for name, row in rows.items()]
   notes += [f"- {name}: left out, {reason}" for name, reason in content["skipped"].items()]
   if content["machine"]["compilation_cache"]:
     notes.append("- compile times: those of reading a cache (JAX_COMPILATION_CACHE_DIR), where it held the program")
   return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
 
-def _peaks(content: dict[str, Any]) -> str:
-  peaks = [
-    f"{name} {peak['flops_per_second'] / 1e9:.4g} GFLOP/s ({peak['side']} × {peak['side']})"
-    for name, peak in content["peaks"].items()
-  ]
-  return (
-    f"Matrix products in this run: {', '.join(peaks)}. GFLOP are those of one unit on all devices, by formula, with a "
-    "star by XLA's count; *of peak* compares them with the matrix products of the same precision. *program* is what "
-    "the compiled program holds on a device, arguments, results and temporaries; *peak* the most that the process held "
-    "during the case or, on accelerators, that a device has held so far."
-  )
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  return tabulate.tabulate(rows, titles, tablefmt="github", disable_numparse=True)
 
 
 def _cells(name: str, row: dict[str, Any]) -> list[str]:
@@ -165,14 +151,20 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
     f"{_seconds(row['fastest'])} – {_seconds(row['slowest'])}",
     f"{row['images_per_second']:.4g}" if "images_per_second" in row else "",
     f"{row['flops'] / 1e9:.4g}{star}" if "flops" in row else "",
-    f"{100 * row['fraction_of_peak']:.0f} %" if "fraction_of_peak" in row else "",
+    _percent(row),
     _seconds(row["compile_seconds"]) if "compile_seconds" in row else "",
     _bytes(row.get("program_bytes")),
     _bytes(row.get("device_bytes", row.get("process_bytes"))),
   ]
 
 
-def _other(name: str, details: dict[str, Any]) -> str:
+def _descent_cells(name: str, details: dict[str, Any]) -> list[str]:
+  low, high = details["nfe_quantiles"]
+  nfe = f"{details['nfe']:.1f} ({low:.0f} – {high:.0f})"
+  return [name, nfe, f"{details['executed_nfe']:.1f}", f"{details['utilisation']:.2f}"]
+
+
+def _note(details: dict[str, Any]) -> str:
   if "data_wait" in details:
     return f"; {100 * details['data_wait']:.1f} % of the time waiting for data"
   if "bytes_per_second" in details:
@@ -180,10 +172,8 @@ def _other(name: str, details: dict[str, Any]) -> str:
   return ""
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table."""
-  lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
-  return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
+def _percent(row: dict[str, Any]) -> str:
+  return f"{100 * row['fraction_of_peak']:.0f} %" if "fraction_of_peak" in row else ""
 
 
 def _seconds(seconds: float) -> str:
@@ -217,34 +207,31 @@ def check_comparable(path: str, old: dict[str, Any], machine: dict[str, Any], co
   """Refuses to compare measurements of different machines or configs.
 
   Raises:
-    ValueError: naming what differs.
+    ValueError: naming the differences.
   """
-  differing = [
-    f"{name}: {old['machine'].get(name)!r} in the file, {machine[name]!r} here"
-    for name in machine_lib.SAME_MACHINE
-    if old["machine"].get(name) != machine[name]
-  ]
-  differing += [f"{name}: {was!r} in the file, {now!r} here" for name, was, now in differences(old["config"], config)]
-  if differing:
-    shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
+  machines = [(name, old["machine"].get(name), machine[name]) for name in SAME_MACHINE]
+  changed = [entry for entry in machines if entry[1] != entry[2]] + list(differences(old["config"], config))
+  if changed:
+    shown = "; ".join(f"{name}: {was!r} in the file, {now!r} here" for name, was, now in changed[:MOST_DIFFERENCES])
+    more = f"; and {len(changed) - MOST_DIFFERENCES} more" if len(changed) > MOST_DIFFERENCES else ""
     raise ValueError(
-      f"--compare={path} is of another machine or config ({shown}): measure that one anew, or add --compare_any to "
-      "compare all the same"
+      f"--compare={path} is of another machine or config ({shown}{more}): measure that one anew, or add --compare_any "
+      "to compare all the same"
     )
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> str:
-  """The ratio new/old of every row that both have, below 1 where the new one is faster."""
+  """A table of the ratios new/old of the common rows, below 1 where the new one is faster."""
   titles, rows = ["case", "old", "new", "new / old", "of peak, old", "of peak, new"], []
   for name in [name for name in new["rows"] if name in old["rows"]]:
     before, after = old["rows"][name], new["rows"][name]
     overlap = before["fastest"] <= after["slowest"] and after["fastest"] <= before["slowest"]
     ratio = f"{after['seconds'] / before['seconds']:.3f}" + (" (within the spread)" if overlap else "")
-    shares = [f"{100 * row['fraction_of_peak']:.0f} %" if "fraction_of_peak" in row else "" for row in (before, after)]
-    rows.append([name, _seconds(before["seconds"]), _seconds(after["seconds"]), ratio, *shares])
+    times = [_seconds(before["seconds"]), _seconds(after["seconds"])]
+    rows.append([name, *times, ratio, _percent(before), _percent(after)])
   for name in [name for name in new["peaks"] if name in old["peaks"]]:
     before, after = (content["peaks"][name]["flops_per_second"] for content in (old, new))
     cells = [f"{rate / 1e9:.4g} GFLOP/s" for rate in (before, after)]
     rows.append([f"matrix products, {name}", *cells, f"{before / after:.3f}", "", ""])
-  lost = sorted(old["rows"].keys() ^ new["rows"].keys())
-  return table(titles, rows) + (f"\n\nOnly in one of them: {', '.join(lost)}" if lost else "")
+  unmatched = sorted(old["rows"].keys() ^ new["rows"].keys())
+  return _table(titles, rows) + (f"\n\nOnly in one of them: {', '.join(unmatched)}" if unmatched else "")

@@ -1,4 +1,4 @@
-"""The autoencoder at work: images to moments and latents to images, batch by batch on this host's devices."""
+"""Encoding images to latent moments and decoding latents to images, in batches on this process's devices."""
 
 import dataclasses
 import functools
@@ -7,32 +7,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from eqm_jax import devices
-from eqm_jax.convert import autoencoder as convert
+from eqm_jax import checks, distributed
+from eqm_jax.checkpoints import pretrained, sd_vae
 from eqm_jax.networks.autoencoder import Autoencoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-  """An autoencoder with its weights and the name that is recorded wherever its latents go."""
+  """An autoencoder with its weights, and the name that is recorded with its latents."""
 
   module: Autoencoder
   params: Any
   name: str  # "ema" or "mse" of Stable Diffusion's, or the user's own word
-  batch_size: int  # images at a time on each device; what a large image needs is bounded by it
+  batch_size: int  # images at a time on each device, which bounds the memory
 
   def __post_init__(self):
-    if self.batch_size < 1:
-      raise ValueError(f"autoencoder.batch_size = {self.batch_size} must be at least 1")
+    checks.at_least("autoencoder.batch_size", self.batch_size, 1)
 
   @functools.cached_property
-  def identity(self) -> dict[str, Any]:
-    """What tells latents of one autoencoder from those of another."""
+  def autoencoder_id(self) -> dict[str, Any]:
+    """Name, SHA-256 and scaling: equal for latents of the same autoencoder."""
     return {
       "name": self.name,
-      "sha256": convert.fingerprint(self.module, self.params),
+      "sha256": sd_vae.fingerprint(self.module, self.params),
       "scaling_factor": self.module.scaling_factor,
     }
 
@@ -40,7 +40,7 @@ class Codec:
     """(h, w, c) of the latents of images (H, W, C).
 
     Raises:
-      ValueError: if it cannot take such images.
+      ValueError: if the autoencoder cannot take such images.
     """
     return self._shapes("encode", image_shape)[0].shape[1:]
 
@@ -48,20 +48,17 @@ class Codec:
     """(H, W, C) of the images that latents (h, w, c) decode to.
 
     Raises:
-      ValueError: if they are none of its latents.
+      ValueError: if these are no latents of the autoencoder.
     """
     return self._shapes("decode", latent_shape).shape[1:]
 
   def _shapes(self, method: str, shape: tuple[int, int, int]) -> Any:
-    """What a method answers to one array of `shape`, without computing it."""
+    """The shapes of a method's result for one array of `shape`, without computing it."""
     example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     return jax.eval_shape(functools.partial(self.module.apply, method=method), {"params": self.params}, example)
 
   def moments(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, H, W, C] → mean and log-variance [N, 2, h, w, c], unscaled.
-
-    The second side is the mirror image's.
-    """
+    """Images [N, H, W, C] → mean and log-variance [N, 2, h, w, c], unscaled, of each image and its mirror image."""
     return self._in_batches(_moments, images)
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -69,30 +66,49 @@ class Codec:
     return self._in_batches(decode_batch, latents)
 
   def _in_batches(self, function: Callable, array: np.ndarray) -> Any:
-    return devices.in_batches(functools.partial(function, self.module, self._placed), array, self.batch_size)
+    return distributed.in_batches(functools.partial(function, self.module, self._replicated), array, self.batch_size)
 
   @functools.cached_property
-  def _placed(self) -> Any:
-    return devices.replicate(self.params)
+  def _replicated(self) -> Any:
+    return distributed.replicate(self.params)
+
+
+def open_codec(options: ml_collections.ConfigDict) -> Codec | None:
+  """The autoencoder of a config's section `autoencoder`; None without a path.
+
+  Raises:
+    ValueError: if it is not there, is damaged, or is not the one of `options.sha256`.
+  """
+  if not options.path:
+    return None
+  checks.one_of("autoencoder.dtype", options.dtype, ("float32", "bfloat16"))
+  codec = Codec(*pretrained.load_autoencoder(options.path, dtype=options.dtype), options.name, options.batch_size)
+  sha256 = codec.autoencoder_id["sha256"]
+  if not options.name or options.sha256 not in (None, sha256):
+    raise ValueError(
+      f"{options.path} has sha256 {sha256}, but autoencoder.name = {options.name!r} and "
+      f"autoencoder.sha256 = {options.sha256!r}: give a name, and this sha256 or None"
+    )
+  return codec
 
 
 def encode_batch(module: Autoencoder, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """A batch of images in a training step, all at once → the batch of moments that a cache would have given."""
+  """A batch of images in a training step → the batch of moments that a latent cache would have."""
   mean, logvar = module.apply({"params": params}, batch["image"], method="encode")
   scale = module.scaling_factor
   return {"mean": mean * scale, "logvar": logvar + 2 * np.log(scale), "label": batch["label"]}
 
 
-def check_same_autoencoder(where: str, there: dict[str, Any] | None, here: dict[str, Any] | None):
-  """Refuses to bring together latents of two autoencoders; None is one that nobody knows.
+def check_same_autoencoder(where: str, saved: dict[str, Any] | None, requested: dict[str, Any] | None):
+  """Refuses to combine latents of two autoencoders; None, an unknown one, passes.
 
   Raises:
     ValueError: naming both.
   """
-  if there and here and there["sha256"] != here["sha256"]:
+  if saved and requested and saved["sha256"] != requested["sha256"]:
     raise ValueError(
-      f"{where} is of latents of the autoencoder {there['name']!r} (sha256 {there['sha256'][:12]}…), "
-      f"but {here['name']!r} (sha256 {here['sha256'][:12]}…) is given: their latents differ"
+      f"{where} is of latents of the autoencoder {saved['name']!r} (sha256 {saved['sha256'][:12]}…), but "
+      f"{requested['name']!r} (sha256 {requested['sha256'][:12]}…) is given: their latents differ, give the same one"
     )
 
 
@@ -105,6 +121,6 @@ def _moments(module: Autoencoder, params: Any, images: jax.Array) -> tuple[jax.A
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_batch(module: Autoencoder, params: Any, latents: jax.Array) -> jax.Array:
-  """A batch of scaled latents [B, h, w, c] → images [B, H, W, C] uint8, all at once."""
+  """A batch of scaled latents [B, h, w, c] → images [B, H, W, C] uint8."""
   images = module.apply({"params": params}, latents / module.scaling_factor, method="decode")
   return jnp.rint(127.5 * jnp.clip(images, -1, 1) + 127.5).astype(jnp.uint8)

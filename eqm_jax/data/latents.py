@@ -1,11 +1,9 @@
 """The latent cache: the autoencoder's posterior of every image and of its mirror image, on disk.
 
-A directory of ArrayRecord shards and one manifest.json. A record is a sample: the label
-(int32), then mean and log-variance, each [2, h, w, c] (the image, its mirror image),
-unscaled, float16 or bfloat16, little-endian.
+A directory of ArrayRecord shards and one manifest.json. A record is a sample: the label (int32), then mean and
+log-variance, each [2, h, w, c] (the image, its mirror image), unscaled, float16 or bfloat16, little-endian.
 
-Whoever reads needs the manifest, which is written last (encoding.py), so a cache that is not
-whole is never taken for one.
+Reading needs the manifest, which is written last (encode_latents.py), so an incomplete cache is refused.
 """
 
 import dataclasses
@@ -16,30 +14,32 @@ from typing import Any
 import grain
 import ml_dtypes
 import numpy as np
-import tqdm
 
+from eqm_jax import checks
 from eqm_jax.data.samples import Sample, checked_labels
-from eqm_jax.files import allow_open_files, read_json
+from eqm_jax.io import allow_open_files, read_json
+from eqm_jax.progress import Progress
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
 VERSION = 1
 DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SIDES = 2  # the image and its mirror image
+REMAKE = "copy it again, or remove the directory and run --mode=prepare"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a cache holds.
+  """Contents of a cache.
 
   Raises:
-    ValueError: if a value is none that it can have.
+    ValueError: if a value is not allowed.
   """
 
-  source: str  # name and options of the data set, as in the config, but for its path: that may change
+  source: str  # name and options of the data set, as in the config, without its path, which may change
   options: dict[str, Any]
-  contents: str  # `Source.contents`
-  images: int  # of the data set, damaged ones included
+  contents: str  # `Source.content_hash`
+  images: int  # number in the data set, damaged ones included
   num_classes: int
   image_size: int  # pixels, after the crop
   latent_shape: tuple[int, int, int]
@@ -50,11 +50,8 @@ class Settings:
   version: int = VERSION
 
   def __post_init__(self):
-    if self.dtype not in DTYPES or self.images_per_shard < 1:
-      raise ValueError(
-        f"prepare.dtype = {self.dtype!r} must be one of {', '.join(DTYPES)}, "
-        f"and prepare.images_per_shard = {self.images_per_shard} at least 1"
-      )
+    checks.one_of("prepare.dtype", self.dtype, DTYPES)
+    checks.at_least("prepare.images_per_shard", self.images_per_shard, 1)
 
   @property
   def shards(self) -> int:
@@ -71,7 +68,7 @@ class Settings:
 class Latents:
   """A finished cache as a data set; latents are scaled to about unit variance.
 
-  A sample holds both sides: `mean` and `logvar` [2, h, w, c]; the pipeline chooses one.
+  A sample has both sides: `mean` and `logvar` [2, h, w, c]; the pipeline chooses one.
   """
 
   def __init__(self, path: str, verify: bool = False):
@@ -79,21 +76,24 @@ class Latents:
 
     Args:
       path: its directory.
-      verify: read every shard once and compare its checksum; sizes are always compared.
+      verify: reads every shard once and compares its checksum; sizes are always compared.
 
     Raises:
       ValueError: naming the file, if the cache is not there, not finished or damaged.
     """
     manifest = read_manifest(path)
     _check_shards(path, manifest, verify)
-    self.autoencoder, self.contents = manifest["autoencoder"], manifest["contents"]
-    self.num_classes, self.shape = manifest["num_classes"], tuple(manifest["latent_shape"])
+    self.autoencoder_id = manifest["autoencoder"]
+    self.content_hash = manifest["contents"]
+    self.num_classes = manifest["num_classes"]
+    self.shape = tuple(manifest["latent_shape"])
     labels = " ".join(shard["labels"] for shard in manifest["shards"])
     self.labels = checked_labels(np.asarray(labels.split(), np.int32), self.num_classes, path)
-    self._path, self._dtype = path, DTYPES[manifest["dtype"]]
-    scale = self.autoencoder["scaling_factor"]
+    self._path = path
+    self._dtype = DTYPES[manifest["dtype"]]
+    scale = self.autoencoder_id["scaling_factor"]
     self._scale, self._log_scale = np.float32(scale), np.float32(2 * np.log(scale))
-    # With the manifest's counts, "file[0:count]", no file is opened before it is read.
+    # With the manifest's counts, as in "file[0:count]", files are opened only when they are read.
     shards = [shard for shard in manifest["shards"] if shard["records"]]
     allow_open_files(len(shards))
     files = [f"{os.path.join(path, shard['file'])}[0:{shard['records']}]" for shard in shards]
@@ -106,11 +106,13 @@ class Latents:
     return self.side(index, slice(None))
 
   def side(self, index: int, side: int | slice) -> Sample:
-    """The sample with one side alone, [h, w, c], which is half of the work."""
+    """The sample with one side only, [h, w, c], at half the cost."""
     try:
       record = self._records[index]
     except (RuntimeError, ValueError) as error:
-      raise ValueError(f"{self._path}: record {index} cannot be read ({error}): the cache is damaged") from error
+      raise ValueError(
+        f"{self._path}: record {index} cannot be read ({error}): the cache is damaged, {REMAKE}"
+      ) from error
     label = np.frombuffer(record, "<i4", 1)[0]
     moments = np.frombuffer(record, self._dtype, offset=4).reshape(2, SIDES, *self.shape)
     return {
@@ -121,18 +123,18 @@ class Latents:
 
 
 def check_path(path: str):
-  """Refuses, as a ValueError, a bucket."""
+  """Raises ValueError for a bucket."""
   if "://" in path:
     raise ValueError(f"{path}: ArrayRecord reads and writes mounted files only: mount the bucket and give its path")
 
 
 def is_finished(path: str) -> bool:
-  """Whether there is a cache that is whole."""
+  """Whether `path` holds a complete cache."""
   return os.path.exists(os.path.join(path, MANIFEST))
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-  """What a cache holds.
+  """Settings, records and shards of a cache.
 
   Raises:
     ValueError: if there is no finished cache, or its manifest is damaged.
@@ -140,33 +142,35 @@ def read_manifest(path: str) -> dict[str, Any]:
   check_path(path)
   file = os.path.join(path, MANIFEST)
   if not os.path.exists(file):
-    begun = "was begun and not finished" if os.path.exists(os.path.join(path, SETTINGS)) else "is not there"
-    raise ValueError(f"{path}: the cache of latents {begun} (no {MANIFEST}): run --mode=prepare")
+    state = "was begun and not finished" if os.path.exists(os.path.join(path, SETTINGS)) else "is not there"
+    raise ValueError(f"{path}: the cache of latents {state} (no {MANIFEST}): run --mode=prepare")
   manifest = read_json(file)
   needed = [field.name for field in dataclasses.fields(Settings)] + ["records", "shards"]
   missing = [name for name in needed if not isinstance(manifest, dict) or name not in manifest]
   if missing:
-    raise ValueError(f"{file}: not the manifest of a cache: it lacks {', '.join(missing)}")
+    raise ValueError(f"{file}: not the manifest of a cache: it lacks {', '.join(missing)}. Give another path")
   if manifest["version"] != VERSION or manifest["dtype"] not in DTYPES:
     raise ValueError(
-      f"{file}: version {manifest['version']} of dtype {manifest['dtype']}, "
-      f"but only version {VERSION} of {', '.join(DTYPES)} is known"
+      f"{file}: version {manifest['version']} of dtype {manifest['dtype']}, but only version {VERSION} of "
+      f"{', '.join(DTYPES)} can be read: {REMAKE}"
     )
   return manifest
 
 
-def check_same(where: str, there: dict[str, Any], wanted: dict[str, Any]):
-  """Refuses a cache that holds something else than `wanted` (a part of the settings).
+def check_same(where: str, saved: dict[str, Any], requested: dict[str, Any]):
+  """Refuses a cache whose settings differ from `requested`, a part of them.
 
   Raises:
-    ValueError: naming what differs.
+    ValueError: naming the differences.
   """
-  found = [
-    f"{name}: {there.get(name)!r} there, {value!r} wanted" for name, value in wanted.items() if there.get(name) != value
+  different = [
+    f"{name}: {saved.get(name)!r} saved, {value!r} requested"
+    for name, value in requested.items()
+    if saved.get(name) != value
   ]
-  if found:
+  if different:
     raise ValueError(
-      f"{where} is of other latents: {'; '.join(found)}. Set the config to what is there, or give another path"
+      f"{where} is of other latents: {'; '.join(different)}. Set the config to what is saved, or give another path"
     )
 
 
@@ -174,15 +178,15 @@ def _check_shards(path: str, manifest: dict[str, Any], verify: bool):
   for shard in manifest["shards"]:
     file = os.path.join(path, shard["file"])
     if not os.path.exists(file):
-      raise ValueError(f"{file} is missing, but {MANIFEST} names it")
+      raise ValueError(f"{file} is missing, but {MANIFEST} names it: {REMAKE}")
     if os.path.getsize(file) != shard["bytes"]:
-      raise ValueError(f"{file}: {os.path.getsize(file)} bytes, but {MANIFEST} says {shard['bytes']}: damaged")
-  for shard in tqdm.tqdm(manifest["shards"], desc="checksums", unit="shard", disable=None if verify else True):
-    if verify and checksum(os.path.join(path, shard["file"])) != shard["sha256"]:
-      raise ValueError(
-        f"{os.path.join(path, shard['file'])}: its SHA-256 is not that of {MANIFEST}: damaged. "
-        f"Copy it anew, or remove the directory and run --mode=prepare"
-      )
+      raise ValueError(f"{file}: {os.path.getsize(file)} bytes, but {MANIFEST} has {shard['bytes']}: damaged, {REMAKE}")
+  if not verify:
+    return
+  for shard in Progress(manifest["shards"], desc="checksums", unit="shard"):
+    file = os.path.join(path, shard["file"])
+    if checksum(file) != shard["sha256"]:
+      raise ValueError(f"{file}: its SHA-256 is not that of {MANIFEST}: damaged, {REMAKE}")
 
 
 def checksum(file: str) -> str:

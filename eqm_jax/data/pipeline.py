@@ -1,6 +1,6 @@
-"""From a source to an endless stream of batches, with a position that can be saved."""
+"""An endless stream of shuffled batches of a data set, with a position that can be saved."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import absl.flags
@@ -22,44 +22,43 @@ def batches(
   rows: Sequence[int] | None = None,
   place: Callable[[Any], Any] | None = None,
 ) -> grain.DatasetIterator:
-  """Shuffled batches without end, each epoch in an order of its own.
+  """Shuffled batches without end, each epoch in its own order.
 
-  Epochs follow each other without a gap, so a batch may hold the end of one and the
-  beginning of the next: no sample is dropped, and no batch is small. A process reads
-  the rows of the global batch that its devices hold, so the global batches depend neither
-  on processes nor on devices, and a saved position may be continued by other ones.
+  Epochs follow each other without a gap, so a batch may hold the end of one and the beginning of the next: no sample is
+  dropped, and no batch is small. A process reads the rows of the global batch that its devices hold, so the global
+  batches depend neither on processes nor on devices, and a saved position can be continued on others.
 
   Args:
     source: the data set.
     batch_size: the global batch size.
     seed: fixes order and flips.
-    flip: mirror half of the samples, at random.
+    flip: mirrors half of the samples, at random.
     threads: how many threads read ahead, in each worker.
-    workers: how many processes read; 0: this one, which is enough unless Python itself is
-      busy. A saved position belongs to its number of workers.
-    rows: of the global batch that this process reads, ascending; None: all of them.
-    place: what brings a batch to the devices; called ahead of time, in a thread.
+    workers: how many processes read; 0: this one, which is enough unless Python itself is busy. A saved position
+      belongs to its number of workers.
+    rows: the rows of the global batch that this process reads, ascending; None: all of them.
+    place: brings a batch to the devices; called ahead of time, in a thread.
 
   Returns:
-    A grain iterator over dicts of arrays with a leading axis of len(rows); its position,
-    the same on every process, is saved with the checkpoints.
+    A grain iterator over dicts of arrays with a leading axis of len(rows); its position, the same on every process, is
+    saved with the checkpoints.
 
   Raises:
-    ValueError: while it runs, for a damaged image or a label that is no class, naming the sample.
+    ValueError: while it runs, for a damaged image or a label outside the classes, naming the sample.
   """
   order = grain.MapDataset.range(len(source)).seed(seed).shuffle()
   rows = range(batch_size) if rows is None else rows
-  if isinstance(source, Images) and not flip:  # a call for each sample would take longer than the copy
+  if isinstance(source, Images) and not flip:  # calls for single samples would take longer than the copy
     data = grain.MapDataset.source(_Gathered(order.repeat(), source, batch_size, rows))
   else:
     reader = _Reader(source, flip)
-    # A random generator for each sample costs more than reading a small one: only where it is needed.
+    # A random generator for each sample costs more than reading a small image.
     data = (order.random_map(reader) if flip else order.map(reader)).repeat()
     # An endless stream has no remainder; grain's length of one that keeps it overflows.
     data = grain.MapDataset.source(_Rows(data, batch_size, rows)).batch(len(rows), drop_remainder=True)
   stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads))
   if workers:
-    if not absl.flags.FLAGS.is_parsed():  # of a notebook or a library; grain asks for one of its own flags
+    if not absl.flags.FLAGS.is_parsed():  # in a notebook or a library; grain reads one of its own flags
       absl.flags.FLAGS.mark_as_parsed()
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
   if place is not None:
@@ -67,35 +66,30 @@ def batches(
   return iter(stream)
 
 
-def in_order(source: Source, indices: Sequence[int], *, batch_size: int, threads: int) -> Iterator[list[Any]]:
-  """The samples `indices` of a data set, in this order, read ahead; `batch_size` at a time, at the end what is left."""
-  chosen = grain.MapDataset.range(len(indices)).map(lambda place: source[int(indices[place])])
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(batch_size, threads))
-  samples = iter(chosen.to_iter_dataset(options))
-  for first in range(0, len(indices), batch_size):
-    yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
-
-
 class _Rows:
   """Some rows of every batch of an endless stream."""
 
   def __init__(self, stream: grain.MapDataset, batch_size: int, rows: Sequence[int]):
-    self._stream, self._batch_size, self._rows = stream, batch_size, [int(row) for row in rows]
+    self._stream = stream
+    self._batch_size = batch_size
+    self._rows = [int(row) for row in rows]
 
   def __len__(self):
     return len(self._stream) // self._batch_size * len(self._rows)
 
   def __getitem__(self, index: int) -> Sample:
-    batch, place = divmod(index, len(self._rows))
-    return self._stream[batch * self._batch_size + self._rows[place]]
+    batch, row = divmod(index, len(self._rows))
+    return self._stream[batch * self._batch_size + self._rows[row]]
 
 
 class _Gathered:
   """Some rows of every batch of an endless stream of indices, gathered from images in memory."""
 
   def __init__(self, order: grain.MapDataset, source: Images, batch_size: int, rows: Sequence[int]):
-    self._order, self._source = order, source
-    self._batch_size, self._rows = batch_size, [int(row) for row in rows]
+    self._order = order
+    self._source = source
+    self._batch_size = batch_size
+    self._rows = [int(row) for row in rows]
 
   def __len__(self):
     return len(self._order) // self._batch_size
@@ -106,18 +100,21 @@ class _Gathered:
 
 
 class _Reader:
-  """index → sample, mirrored at random if asked."""
+  """Maps an index to a sample, mirrored at random with `flip`."""
 
   def __init__(self, source: Source, flip: bool):
     self._source, self._flip = source, flip
 
   def __call__(self, index: int, rng: np.random.Generator | None = None) -> Sample:
     mirror = self._flip and bool(rng.integers(2))
-    if isinstance(self._source, Latents):  # the autoencoder saw both sides
+    if isinstance(self._source, Latents):  # both sides were encoded
       sample = self._source.side(index, int(mirror))
     else:
       sample = self._source[index]
       sample = {**sample, "image": sample["image"][:, ::-1]} if mirror else sample
     if not 0 <= sample["label"] < self._source.num_classes:
-      raise ValueError(f"sample {index} has label {sample['label']}, but num_classes = {self._source.num_classes}")
+      raise ValueError(
+        f"sample {index} has label {sample['label']}, but num_classes = {self._source.num_classes}: "
+        "labels are 0..num_classes − 1"
+      )
     return sample

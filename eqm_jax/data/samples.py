@@ -1,13 +1,16 @@
-"""What a data set is to the rest of the package: random access to samples, dicts of arrays.
+"""Interface of a data set to the rest of the package: random access to samples, dicts of arrays.
 
-A sample has `label`, and either `image` [H, W, C] float32 in [−1, 1], or the
-autoencoder's `mean` and `logvar` [2, H, W, C], of the image and its mirror image, from which
-training draws a latent anew each time.
+A sample has `label`, and either `image` [H, W, C] float32 in [−1, 1], or the autoencoder's `mean` and `logvar`
+[2, H, W, C], of the image and its mirror image, from which training samples a latent anew each time.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import grain
 import numpy as np
+
+READ_AHEAD = 64  # samples that `arrays` reads at a time
 
 Sample = dict[str, Any]
 
@@ -17,8 +20,8 @@ class Source(Protocol):
 
   shape: tuple[int, int, int]  # (H, W, C) of a sample
   num_classes: int
-  autoencoder: dict[str, Any] | None  # whose latents they are, as `Codec.identity` has it; None: they are images
-  contents: str  # tells it from others of its name and options: a hash of what files it has; "": there are none
+  autoencoder_id: dict[str, Any] | None  # `Codec.autoencoder_id` of latents; None: images
+  content_hash: str  # hash of the files, to distinguish data sets of the same name and options; "": no files
 
   @property
   def labels(self) -> np.ndarray: ...  # [N] int32; may take a pass over the data
@@ -29,11 +32,13 @@ class Source(Protocol):
 class Images:
   """Images held in memory: [N, H, W, C] float32 in [−1, 1], and int labels [N]."""
 
-  autoencoder = None
-  contents = ""
+  autoencoder_id = None
+  content_hash = ""
 
   def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int):
-    self.images, self.labels, self.num_classes = images, checked_labels(labels, num_classes), num_classes
+    self.images = images
+    self.labels = checked_labels(labels, num_classes)
+    self.num_classes = num_classes
     self.shape = images.shape[1:]
 
   def __len__(self) -> int:
@@ -50,8 +55,36 @@ def checked_labels(labels: np.ndarray, num_classes: int, where: str = "the data 
     ValueError: if there are none, or one is not in 0..num_classes − 1.
   """
   if not len(labels):
-    raise ValueError(f"{where} is empty")
+    raise ValueError(f"{where} is empty: give one with samples")
   low, high = labels.min(), labels.max()
   if low < 0 or high >= num_classes:
-    raise ValueError(f"{where} has labels {low}..{high}, but num_classes = {num_classes}")
+    raise ValueError(f"{where} has labels {low}..{high}, but num_classes = {num_classes} has 0..{num_classes - 1}")
   return labels.astype(np.int32)
+
+
+def in_order(source: Source, indices: Sequence[int], *, batch_size: int, threads: int) -> Iterator[list[Sample]]:
+  """The samples `indices` of a data set, in this order and read ahead, in lists of `batch_size`, the last shorter."""
+  data = grain.MapDataset.range(len(indices)).map(lambda position: source[int(indices[position])])
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(batch_size, threads))
+  samples = iter(data.to_iter_dataset(options))
+  for first in range(0, len(indices), batch_size):
+    yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
+
+
+def spread(source: Source | int, count: int) -> np.ndarray:
+  """Indices of at most `count` samples, evenly spaced over a data set (or over its length).
+
+  Folders and caches are sorted by class, so their first samples are of one class or a few; these are of all.
+  """
+  length = source if isinstance(source, int) else len(source)
+  return np.linspace(0, length - 1, min(count, length)).astype(int)
+
+
+def arrays(source: Source, indices: Sequence[int], threads: int = 4) -> np.ndarray:
+  """The images at `indices`, or the means of their latents (of the unmirrored image): [N, H, W, C] float32."""
+  batches = in_order(source, indices, batch_size=READ_AHEAD, threads=threads)
+  return np.concatenate([np.stack([_array(sample) for sample in samples]) for samples in batches])
+
+
+def _array(sample: Sample) -> np.ndarray:
+  return sample["image"] if "image" in sample else sample["mean"][0]

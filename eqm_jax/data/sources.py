@@ -1,37 +1,37 @@
-"""Opens the data set that a config names."""
+"""The data sets that a config can name."""
 
 import inspect
 from typing import Any
 
-from eqm_jax.data import latents, shipped, stored
+from eqm_jax import checks
+from eqm_jax.data import builtin, latents, on_disk
 from eqm_jax.data.samples import Source
 
 SOURCES = {
-  "digits": shipped.digits,
-  "mnist": shipped.mnist,
-  "photographs": shipped.photographs,
-  "plane": shipped.plane,
-  "folder": stored.Folder,
-  "tfds": stored.Tfds,
-  "npz": stored.npz,
+  "digits": builtin.digits,
+  "mnist": builtin.mnist,
+  "photographs": builtin.photographs,
+  "plane": builtin.plane,
+  "folder": on_disk.Folder,
+  "tfds": on_disk.Tfds,
+  "npz": on_disk.npz,
   "latents": latents.Latents,
 }
 
 
 def open_source(name: str, options: dict[str, Any]) -> Source:
-  """The data set `name`, with the arguments of its function or class.
+  """The data set `name`, opened with `options`, the arguments of its function or class.
 
   Raises:
-    ValueError: if the name or an option is not known, a file is missing or damaged, or a
-      label is outside the classes.
+    ValueError: if the name or an option is unknown, a file is missing or damaged, or a label is outside the classes.
   """
-  if name not in SOURCES:
-    raise ValueError(f"data.source = {name!r} is not known: choose one of {', '.join(SOURCES)}")
+  checks.one_of("data.source", name, SOURCES)
+  signature = inspect.signature(SOURCES[name])
   try:
-    inspect.signature(SOURCES[name]).bind(**options)
+    signature.bind(**options)
   except TypeError as error:
-    parameters = ", ".join(inspect.signature(SOURCES[name]).parameters) or "none"
     raise ValueError(
-      f"data.options {options} do not fit source {name!r}, which takes: {parameters} ({error})"
+      f"data.options = {options} do not fit the source {name!r} ({error}): "
+      f"it takes {', '.join(signature.parameters) or 'none'}"
     ) from error
   return SOURCES[name](**options)

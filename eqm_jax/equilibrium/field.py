@@ -1,71 +1,123 @@
 """Fields: what the samplers descend, x [B, H, W, C] → f [B, H, W, C], f = ∇E.
 
-A field is a pytree whose leaves are parameters, labels and guidance scales, so a
-jitted sampler takes it as an argument: one compilation serves every set of
-weights, and no weight is baked into the program. A model is anything with
-`apply({"params": params}, x, label)`, `num_classes` and `input_shape`; one with an
-attribute `energy` other than "none" gives an energy, whose gradient is the field.
+A field is a pytree whose leaves are parameters, labels and guidance scales. So the samplers take it as an argument:
+one compilation serves every set of weights. In code of your own, pass it the same way:
+
+    jax.jit(lambda field, x: field(x))(field, x)      # weights are arguments: compiled once for all of them
+    jax.jit(field)(x)                                 # works too, but the weights become constants of the program
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqm_jax.equilibrium import energy
-from eqm_jax.equilibrium.labels import checked_labels
+from eqm_jax.equilibrium import energy, meshes
 from eqm_jax.equilibrium.objective import per_sample
+from eqm_jax.equilibrium.pytrees import FieldFn, Model, Params, Scalar, ShortRepr, as_pytree, check_labels, is_traced
+
+__all__ = [
+  "BoundField",
+  "ComposedField",
+  "Field",
+  "GuidedField",
+  "as_pytree",
+  "check_labels",
+  "compose",
+  "field",
+  "guided",
+  "with_labels",
+]
 
 
-@flax.struct.dataclass
-class ConditionalField:
-  """f(x | label) of a network or of its energy, guided or not. Made by `conditional_field`."""
+@flax.struct.dataclass(eq=False, repr=False)
+class Field(ShortRepr):
+  """f(x | labels) of a network, or of the gradient of its energy, guided or not. Made by `field`."""
 
   params: Any
-  scale: jax.Array | None  # None: no guidance, and no null half in the batch
-  interval: jax.Array | None  # [2]: guide only while ‖f‖ lies between
+  guidance: jax.Array | None  # None: no guidance, and no null half in the batch
+  guidance_interval: jax.Array | None  # [2]: guide only while ‖f‖ lies between
   model: Any = flax.struct.field(pytree_node=False)
-  channels: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+  guidance_channels: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
   form: str | None = flax.struct.field(pytree_node=False, default=None)  # of an energy; None: the network is the field
 
-  def __call__(self, x_BxHxWxC: jax.Array, label_B: jax.Array, gamma_B: jax.Array | None = None) -> jax.Array:
-    """f(x | label); labels [B], or [B, K] for K conditions at once.
+  def __call__(self, x: jax.Array, labels: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
+    """f(x | labels); labels [B], or [B, K] for K conditions at once.
 
-    `gamma_B` is for a flow-matching network, which is told the time.
+    `gamma` [B] is for a flow-matching network, which takes the time.
     """
-    gamma = () if gamma_B is None else (gamma_B,)
-    if self.scale is None:
-      return self._unguided(x_BxHxWxC, label_B, *gamma)
-    label_BxK = label_B.reshape(len(label_B), -1)
-    K = label_BxK.shape[1]
+    return meshes.call(Field._evaluate, (self, x, labels, gamma), like=x, out_specs=meshes.spec_of(x))
+
+  def _evaluate(self, x, labels, gamma):
+    more = () if gamma is None else (gamma,)
+    if self.guidance is None:
+      return self._unguided(x, labels, *more)
+    labels_BxK = labels.reshape(len(labels), -1)
+    K = labels_BxK.shape[1]
     # One batch of K conditional parts and the null part: one pass uses the matrix units better than several.
-    labels = [*label_BxK.T, jnp.full(len(label_B), self.model.num_classes, label_B.dtype)]
-    repeated = [jnp.concatenate([part] * (K + 1)) for part in (x_BxHxWxC, *gamma)]
-    f = self._unguided(repeated[0], jnp.concatenate(labels), *repeated[1:])
+    all_labels = [*labels_BxK.T, jnp.full(len(labels), self.model.num_classes, labels.dtype)]
+    repeated = [jnp.concatenate([part] * (K + 1)) for part in (x, *more)]
+    f = self._unguided(repeated[0], jnp.concatenate(all_labels), *repeated[1:])
     *f_conditional, f_null = jnp.split(f, K + 1)
-    scale_BxK = jnp.broadcast_to(self.scale if K > 1 or not self.scale.ndim else self.scale[:, None], label_BxK.shape)
-    return _guide(f_conditional, f_null, scale_BxK, self.channels, self.interval)
+    scale = self.guidance if K > 1 or not self.guidance.ndim else self.guidance[:, None]
+    scale_BxK = jnp.broadcast_to(scale, labels_BxK.shape)
+    return _guide(f_conditional, f_null, scale_BxK, self.guidance_channels, self.guidance_interval)
 
-  def _unguided(self, x_BxHxWxC, label_B, *gamma):
+  def _unguided(self, x_BxHxWxC, labels_B, *gamma_B):
     if self.form is None:
-      return self.model.apply({"params": self.params}, x_BxHxWxC, label_B, *gamma)
-    return energy.gradient(self.model, self.form, self.params, x_BxHxWxC, label_B)
+      return self.model.apply({"params": self.params}, x_BxHxWxC, labels_B, *gamma_B)
+    return energy.gradient(self.model, self.form, self.params, x_BxHxWxC, labels_B)
+
+  def bind(self, labels: jax.Array) -> "BoundField":
+    """The field of these labels, [B] or [B, K]: x → f(x | labels).
+
+    Raises:
+      ValueError: if a label does not exist, or the guidance scale has another shape.
+    """
+    labels = check_labels(labels, self.model.num_classes)
+    allowed = [(), labels.shape] + ([labels.shape[1:]] if labels.ndim == 2 else [])
+    if self.guidance is not None and self.guidance.shape not in allowed:
+      raise ValueError(f"guidance has shape {self.guidance.shape}: for labels {labels.shape} give one of {allowed}")
+    if self.guidance is None and labels.ndim == 2:
+      raise ValueError(f"labels {labels.shape} are several conditions a sample: give a guidance scale for them")
+    return BoundField(self, labels)
 
 
-def conditional_field(
-  model: Any,
-  params: Any,
+@flax.struct.dataclass(eq=False, repr=False)
+class BoundField(ShortRepr):
+  """A field with its labels: x → f. Made by `field` with labels, and by `Field.bind`."""
+
+  field: Callable
+  labels: Any
+
+  def __call__(self, x: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
+    return self.field(x, self.labels) if gamma is None else self.field(x, self.labels, gamma)
+
+
+@overload
+def field(model: Model, params: Params, labels: None = None, **options: Any) -> Field: ...
+
+
+@overload
+def field(model: Model, params: Params, labels: jax.Array, **options: Any) -> BoundField: ...
+
+
+def field(
+  model: Model,
+  params: Params,
+  labels: jax.Array | None = None,
   *,
   form: str | None = None,
-  guidance: float | jax.Array = 1.0,
+  guidance: Scalar = 1.0,
   guidance_channels: int | Sequence[int] | None = None,
   guidance_interval: tuple[float, float] | None = None,
-) -> ConditionalField:
-  """The network as a field that takes its labels with each call: (x, labels) → f(x | labels).
+) -> Field | BoundField:
+  """The field of a model: x → f(x | labels), or without labels (x, labels) → f(x | labels).
+
+  The field of an implicit model is the network itself; that of an energy model is the gradient of its energy.
 
   Classifier-free guidance: f = f_null + s·(f_conditional − f_null) on the guided
   channels, f_conditional on the others. Guidance 1 costs one network pass, any
@@ -74,11 +126,17 @@ def conditional_field(
   With labels [B, K] there are K conditions: f = f_null + Σ s_k·(f_k − f_null), one
   pass of K + 1 times the batch; where nothing is guided, the mean of the f_k.
 
+  A field is a pytree. Pass it into `jax.jit` as an argument, `jax.jit(lambda field, x: field(x))`; `jax.jit(field)`
+  works too, and makes the weights constants of the program. It is differentiable in x and in its parameters.
+
   Args:
-    model: the network, such as `eqm_jax.networks.dit.DiT`.
+    model: the network, such as `eqm_jax.networks.dit.DiT`: anything with `apply({"params": params}, x, labels)`,
+      `num_classes` and `input_shape`. One with an attribute `energy` other than "none" is an energy.
     params: its parameters.
-    form: follow the gradient of this energy, "dot", "l2" or "scalar"; None is what the
-      model was built for, the network itself if not for an energy.
+    labels: int labels [B], or [B, K] for K conditions; `model.num_classes` is the null class. None: the field takes
+      them with each call, and `Field.bind` binds them.
+    form: "dot" or "l2" reads an implicit model as this energy, and takes its gradient; of an energy model, its form
+      or None.
     guidance: the scale s: one number; one per sample [B]; for K conditions [K] or
       [B, K], negative ones lead away from theirs.
     guidance_channels: None guides all channels; n the first n of them (3 is what
@@ -87,194 +145,124 @@ def conditional_field(
       time-free counterpart of limiting guidance to an interval of noise levels
       (Kynkäänniemi et al. 2024). ‖f‖ is large far from the data and falls near it.
 
+  Returns:
+    A `BoundField` if `labels` are given, else a `Field`.
+
   Raises:
-    ValueError: if a channel does not exist, the interval is empty, or the model has
-      no such energy.
+    ValueError: if a label or channel does not exist, the interval is empty, the scale has another shape, or the
+      model has no such energy.
   """
-  channels = _checked_channels(guidance_channels, model.input_shape[-1])
-  plain = not isinstance(guidance, jax.Array | np.ndarray) and guidance == 1.0
-  if guidance_interval is not None and not 0 <= guidance_interval[0] < guidance_interval[1]:
-    raise ValueError(f"guidance_interval = {guidance_interval} must be (low, high) with 0 ≤ low < high")
-  return ConditionalField(
+  channels = _check_channels(guidance_channels, model.input_shape[-1])
+  is_plain = not isinstance(guidance, jax.Array | np.ndarray) and guidance == 1.0
+  if guidance_interval is not None and not is_traced(guidance_interval):
+    if not 0 <= guidance_interval[0] < guidance_interval[1]:
+      raise ValueError(f"guidance_interval = {guidance_interval} must be (low, high) with 0 ≤ low < high")
+  unbound = Field(
     params=params,
-    scale=None if plain else jnp.asarray(guidance, jnp.float32),
-    interval=None if plain or guidance_interval is None else jnp.asarray(guidance_interval, jnp.float32),
+    guidance=None if is_plain else jnp.asarray(guidance, jnp.float32),
+    guidance_interval=None if is_plain or guidance_interval is None else jnp.asarray(guidance_interval, jnp.float32),
     model=model,
-    channels=channels,
-    form=energy.checked_form(model, form) if form or energy.is_energy(model) else None,
+    guidance_channels=channels,
+    form=energy.check_form(model, form) if form or energy.is_energy(model) else None,
   )
+  return unbound if labels is None else unbound.bind(labels)
 
 
-@flax.struct.dataclass
-class BoundField:
-  """A conditional field with its labels bound. Made by `implicit_field` and `energy_field`."""
-
-  conditional: ConditionalField
-  label_B: jax.Array
-
-  def __call__(self, x_BxHxWxC: jax.Array, gamma_B: jax.Array | None = None) -> jax.Array:
-    return self.conditional(x_BxHxWxC, self.label_B, gamma_B)
-
-
-def implicit_field(
-  model: Any,
-  params: Any,
-  label_B: jax.Array,
-  *,
-  guidance: float | jax.Array = 1.0,
-  guidance_channels: int | Sequence[int] | None = None,
-  guidance_interval: tuple[float, float] | None = None,
-) -> BoundField:
-  """The network itself as a field: f(x) = model(x, label), optionally guided.
+def with_labels(field: Callable, labels: Any = None) -> FieldFn:
+  """A field as a pytree x → f, whether it takes labels or not.
 
   Args:
-    label_B: int labels [B], or [B, K] for K conditions; `model.num_classes` is the
-      null class.
-
-  The other arguments are those of `conditional_field`.
+    field: x → f; or, with labels, (x, labels) → f.
+    labels: None, or what the field takes: of a function of your own, any tree of arrays [B, ...].
 
   Raises:
-    ValueError: if a label or channel does not exist, the scale has another shape, or
-      the model is an energy, whose own answer is not the field.
+    ValueError: for labels given to a field that has its own, none to one that needs them, and as `Field.bind`.
   """
-  if energy.is_energy(model):
+  if labels is None:
+    if isinstance(field, Field):
+      raise ValueError("this field takes labels with each call, and there are none: give labels, or field.bind(labels)")
+    return as_pytree(field)
+  if isinstance(field, BoundField):
     raise ValueError(
-      f"this model was trained as an energy ({model.energy!r}): its gradient is the field, not its answer. "
-      "Use energy_field or conditional_field"
+      f"labels were given, but the field is bound to labels {np.shape(field.labels)}: "
+      "leave them out, or make the field without labels"
     )
-  field_fn = conditional_field(
-    model, params, guidance=guidance, guidance_channels=guidance_channels, guidance_interval=guidance_interval
-  )
-  return bound(field_fn, label_B)
+  return field.bind(labels) if isinstance(field, Field) else BoundField(as_pytree(field), labels)
 
 
-def energy_field(
-  model: Any,
-  params: Any,
-  label_B: jax.Array,
-  form: str | None = None,
-  *,
-  guidance: float | jax.Array = 1.0,
-  guidance_channels: int | Sequence[int] | None = None,
-  guidance_interval: tuple[float, float] | None = None,
-) -> BoundField:
-  """The gradient of an explicit energy as a field: f(x) = ∇ₓE(x | label), EqM-E.
-
-  Args:
-    form: "dot", "l2" or "scalar" (`eqm_jax.energy` says what they are); None takes
-      the one the model was built for. An implicit model can be read as "dot" or "l2".
-
-  The other arguments are those of `implicit_field`.
-
-  Raises:
-    ValueError: as `implicit_field`, and if the model has no such energy.
-  """
-  field_fn = conditional_field(
-    model,
-    params,
-    form=energy.checked_form(model, form),
-    guidance=guidance,
-    guidance_channels=guidance_channels,
-    guidance_interval=guidance_interval,
-  )
-  return bound(field_fn, label_B)
-
-
-def bound(field_fn: ConditionalField, label_B: jax.Array) -> BoundField:
-  """Binds labels [B] or [B, K] to a conditional field.
-
-  Raises:
-    ValueError: if a label does not exist, or the guidance scale has another shape.
-  """
-  label_B = checked_labels(label_B, field_fn.model.num_classes)
-  allowed = [(), label_B.shape] + ([label_B.shape[1:]] if label_B.ndim == 2 else [])
-  if field_fn.scale is not None and field_fn.scale.shape not in allowed:
-    raise ValueError(f"guidance has shape {field_fn.scale.shape}: for labels {label_B.shape} give one of {allowed}")
-  if field_fn.scale is None and label_B.ndim == 2:
-    raise ValueError(f"labels {label_B.shape} are several conditions a sample: give a guidance scale for them")
-  return BoundField(field_fn, label_B)
-
-
-@flax.struct.dataclass
-class GuidedField:
+@flax.struct.dataclass(eq=False, repr=False)
+class GuidedField(ShortRepr):
   """Guidance between two fields. Made by `guided`."""
 
-  field_fn: Callable
-  null_field_fn: Callable
-  scale: jax.Array
+  field: Callable
+  null_field: Callable
+  guidance: jax.Array
   channels: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
 
-  def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
-    f_conditional, f_null = self.field_fn(x_BxHxWxC), self.null_field_fn(x_BxHxWxC)
-    _checked_channels(self.channels, f_null.shape[-1])
-    scale_BxK = jnp.broadcast_to(self.scale, len(f_null))[:, None]
+  def __call__(self, x: jax.Array) -> jax.Array:
+    f_conditional = self.field(x)
+    f_null = self.null_field(x)
+    _check_channels(self.channels, f_null.shape[-1])
+    scale_BxK = jnp.broadcast_to(self.guidance, len(f_null))[:, None]
     return _guide([f_conditional], f_null, scale_BxK, self.channels, None)
 
 
 def guided(
-  field_fn: Callable, null_field_fn: Callable, scale: float | jax.Array, channels: int | Sequence[int] | None = None
+  field: FieldFn, null_field: FieldFn, guidance: Scalar, channels: int | Sequence[int] | None = None
 ) -> GuidedField:
-  """Guides one field by another: f_null + scale·(f − f_null) on `channels`.
+  """Guidance of one field by another: f_null + s·(f − f_null) on `channels`.
 
   For two different models, say a large one guided by a small one. With one model
-  `implicit_field(..., guidance=scale)` is cheaper.
+  `eqm_jax.field(..., guidance=s)` is cheaper.
 
   Args:
-    field_fn, null_field_fn: x [B, ..., C] → f of that shape.
-    scale: one number or one per sample [B].
-    channels: as `guidance_channels` of `implicit_field`; an index is checked
+    field, null_field: x [B, ..., C] → f of that shape.
+    guidance: the scale s, one number or one per sample [B].
+    channels: as `guidance_channels` of `eqm_jax.field`; an index is checked
       when the field is first called.
   """
   if isinstance(channels, int):
     channels = range(channels)
   channels = None if channels is None else tuple(channels)
-  return GuidedField(as_pytree(field_fn), as_pytree(null_field_fn), jnp.asarray(scale, jnp.float32), channels)
+  return GuidedField(as_pytree(field), as_pytree(null_field), jnp.asarray(guidance, jnp.float32), channels)
 
 
-@flax.struct.dataclass
-class ComposedField:
+@flax.struct.dataclass(eq=False, repr=False)
+class ComposedField(ShortRepr):
   """A weighted sum of fields. Made by `compose`."""
 
-  field_fns: tuple[Callable, ...]
-  weight_K: tuple[jax.Array, ...]
+  fields: tuple[Callable, ...]
+  weights: tuple[jax.Array, ...]
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return sum(per_sample(weight, x) * field_fn(x) for weight, field_fn in zip(self.weight_K, self.field_fns))
+    return sum(per_sample(weight, x) * field(x) for weight, field in zip(self.weights, self.fields))
 
 
-def compose(field_fns: Sequence[Callable], weights: Sequence[float | jax.Array]) -> ComposedField:
-  """Adds landscapes: f = Σ w_k·f_k, the gradient of Σ w_k·E_k (EqM paper, section 4.3).
+def compose(fields: Sequence[FieldFn], weights: Sequence[Scalar]) -> ComposedField:
+  """Sum of landscapes: f = Σ w_k·f_k, the gradient of Σ w_k·E_k (EqM paper, section 4.3).
 
   A sample comes to rest where the summed landscapes are low together; a negative
   weight leads away from a landscape's valleys. Weights that sum to one keep the pace of
-  the descent. For labels of one model, `implicit_field` with labels [B, K] takes one
+  the descent. For labels of one model, `eqm_jax.field` with labels [B, K] takes one
   pass of the network instead of K.
 
   Args:
-    field_fns: K fields, x [B, ...] → f of that shape: of several labels, models, or
+    fields: K fields, x [B, ...] → f of that shape: of several labels, models, or
       the same network with other weights.
     weights: K of them, each one number or one per sample [B].
 
   Raises:
     ValueError: if there are not as many weights as fields, or one is not finite.
   """
-  field_fns, weights = tuple(field_fns), tuple(jnp.asarray(weight, jnp.float32) for weight in weights)
-  if not field_fns or len(field_fns) != len(weights):
-    raise ValueError(f"compose: {len(weights)} weights for {len(field_fns)} fields: give one weight for each field")
+  fields, weights = tuple(fields), tuple(jnp.asarray(weight, jnp.float32) for weight in weights)
+  if not fields or len(fields) != len(weights):
+    raise ValueError(f"compose: {len(weights)} weights for {len(fields)} fields: give one weight for each field")
   for k, weight in enumerate(weights):
     if weight.ndim > 1:
       raise ValueError(f"compose: weight {k} has shape {weight.shape}: give one number, or one per sample [B]")
-    if not isinstance(weight, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(weight))):
-      raise ValueError(f"compose: weight {k} = {weight} is not finite")
-  return ComposedField(tuple(map(as_pytree, field_fns)), weights)
-
-
-def as_pytree(field_fn: Callable) -> Callable:
-  """Wraps a plain function so that it can pass into jit; a pytree stays as it is."""
-  if not jax.tree_util.all_leaves([field_fn]):
-    return field_fn
-  # jax would take the arguments of a functools.partial for leaves, and they need not be arrays.
-  return jax.tree_util.Partial(field_fn.__call__ if isinstance(field_fn, functools.partial) else field_fn)
+    if not is_traced(weight) and not np.all(np.isfinite(np.asarray(weight))):
+      raise ValueError(f"compose: weight {k} = {weight} is not finite: give finite numbers")
+  return ComposedField(tuple(map(as_pytree, fields)), weights)
 
 
 def _guide(
@@ -286,21 +274,23 @@ def _guide(
 ) -> jax.Array:
   """f_null + Σ s_k·(f_k − f_null) where guidance acts, the mean of the f_k elsewhere."""
   scale_KxB = scale_BxK.T.astype(f_null.dtype)
-  guided = f_null + sum(per_sample(s_B, f_null) * (f - f_null) for s_B, f in zip(scale_KxB, f_conditional))
-  unguided = sum(f_conditional) / len(f_conditional)
-  acts = jnp.ones((), bool)
+  f_guided = f_null + sum(per_sample(s_B, f_null) * (f - f_null) for s_B, f in zip(scale_KxB, f_conditional))
+  f_unguided = sum(f_conditional) / len(f_conditional)
+  is_guided = jnp.ones((), bool)
   if channels is not None:
-    acts = acts & np.isin(np.arange(f_null.shape[-1]), channels)
+    is_guided = is_guided & np.isin(np.arange(f_null.shape[-1]), channels)
   if interval is not None:
-    norm_B = jnp.sqrt(jnp.sum(unguided**2, axis=range(1, unguided.ndim)))
-    acts = acts & per_sample((interval[0] <= norm_B) & (norm_B <= interval[1]), f_null)
-  return jnp.where(acts, guided, unguided)
+    norm_B = jnp.sqrt(jnp.sum(f_unguided**2, axis=range(1, f_unguided.ndim)))
+    is_guided = is_guided & per_sample((interval[0] <= norm_B) & (norm_B <= interval[1]), f_null)
+  return jnp.where(is_guided, f_guided, f_unguided)
 
 
-def _checked_channels(channels: int | Sequence[int] | None, count: int) -> tuple[int, ...] | None:
+def _check_channels(channels: int | Sequence[int] | None, count: int) -> tuple[int, ...] | None:
   if channels is None:
     return None
   chosen = tuple(range(channels)) if isinstance(channels, int) else tuple(channels)
   if not chosen or min(chosen) < 0 or max(chosen) >= count:
-    raise ValueError(f"guidance channels {channels} do not exist: the data has {count} channels, 0..{count - 1}")
+    raise ValueError(
+      f"guidance channels {channels} do not exist: the data has {count} channels, choose from 0..{count - 1}"
+    )
   return chosen

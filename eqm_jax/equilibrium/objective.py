@@ -20,9 +20,10 @@ import jax.numpy as jnp
 KINDS = ("constant", "linear", "truncated", "piecewise")
 
 
+@jax.tree_util.register_static  # it may be an argument of jitted functions
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The magnitude c(γ) of the target gradient, times the multiplier λ.
+  """Magnitude c(γ) of the target gradient, times the multiplier λ.
 
   constant   c = λ                                     (flow matching's end point)
   linear     c = λ·(1−γ)
@@ -42,11 +43,11 @@ class Schedule:
 
   def __post_init__(self):
     if self.kind not in KINDS:
-      raise ValueError(f"unknown schedule kind {self.kind!r}: choose one of {', '.join(KINDS)}")
+      raise ValueError(f"schedule: kind = {self.kind!r} is not known: choose one of {', '.join(KINDS)}")
     if not 0 <= self.a < 1 or (self.kind == "piecewise" and self.a == 0):
-      raise ValueError(f"schedule: a = {self.a} must lie in [0, 1), and above 0 for 'piecewise'")
+      raise ValueError(f"schedule: a = {self.a} must be in [0, 1), and above 0 for 'piecewise'; the paper's is 0.8")
     if not self.multiplier > 0:
-      raise ValueError(f"schedule: multiplier = {self.multiplier} must be positive")
+      raise ValueError(f"schedule: multiplier = {self.multiplier} must be positive; the paper's is 4")
 
 
 def magnitude(gamma: jax.Array, schedule: Schedule = Schedule()) -> jax.Array:
@@ -67,7 +68,7 @@ def magnitude(gamma: jax.Array, schedule: Schedule = Schedule()) -> jax.Array:
 def mean_square_magnitude(schedule: Schedule) -> float:
   """E[c(γ)²] over γ ~ U(0, 1), in closed form; 13.867 for the released schedule.
 
-  The loss of a network that answers zero is E[c²]·(1 + Var(data)), so a loss
+  The loss of a network with output zero is E[c²]·(1 + Var(data)), so a loss
   divided by this number can be compared across schedules.
   """
   s = schedule
@@ -82,7 +83,7 @@ def mean_square_magnitude(schedule: Schedule) -> float:
 
 
 def corrupt(data: jax.Array, noise: jax.Array, gamma: jax.Array) -> jax.Array:
-  """x_γ = γ·x + (1−γ)·ε.
+  """Data mixed with noise: x_γ = γ·x + (1−γ)·ε.
 
   Args:
     data, noise: arrays of one shape [B, ...].
@@ -93,12 +94,12 @@ def corrupt(data: jax.Array, noise: jax.Array, gamma: jax.Array) -> jax.Array:
 
 
 def target_gradient(data: jax.Array, noise: jax.Array, gamma: jax.Array, schedule: Schedule) -> jax.Array:
-  """(ε − x)·c(γ): the gradient that f is trained to equal at x_γ."""
+  """Gradient that f is trained to equal at x_γ: (ε − x)·c(γ)."""
   return (noise - data) * per_sample(magnitude(gamma, schedule), data)
 
 
 def equilibrium_loss(
-  field_fn: Callable,
+  field: Callable,
   data: jax.Array,
   noise: jax.Array,
   gamma: jax.Array,
@@ -109,40 +110,40 @@ def equilibrium_loss(
   """The EqM loss ‖f(x_γ) − (ε − x)·c(γ)‖², averaged over each sample's elements.
 
   Args:
-    field_fn: x [B, ...] → f [B, ...].
+    field: x [B, ...] → f [B, ...].
     data, noise: [B, ...]; data standardised to about unit variance.
     gamma: [B], in [0, 1].
     schedule: c(γ).
-    has_aux: as in `jax.grad`: `field_fn` returns (f, aux), and this (loss, aux).
+    has_aux: as in `jax.grad`: `field` returns (f, aux), and this (loss, aux).
 
   Returns:
     The loss of each sample, [B].
   """
-  answer = field_fn(corrupt(data, noise, gamma))
-  return _residual_loss(answer, target_gradient(data, noise, gamma, schedule), has_aux)
+  output = field(corrupt(data, noise, gamma))
+  return _residual_loss(output, target_gradient(data, noise, gamma, schedule), has_aux)
 
 
 def flow_matching_loss(
-  field_fn: Callable, data: jax.Array, noise: jax.Array, gamma: jax.Array, *, timed: bool, has_aux: bool = False
+  field: Callable, data: jax.Array, noise: jax.Array, gamma: jax.Array, *, time_conditional: bool, has_aux: bool = False
 ) -> jax.Array | tuple[jax.Array, Any]:
-  """The flow-matching baseline in EqM's sign: ‖f(x_γ, γ) − (ε − x)‖², f = −velocity.
+  """Loss of the flow-matching baseline in EqM's sign: ‖f(x_γ, γ) − (ε − x)‖², f = −velocity.
 
   Args:
-    field_fn: (x, γ) → f when `timed`, else x → f: "unconditional flow matching",
+    field: (x, γ) → f when `time_conditional`, else x → f: "unconditional flow matching",
       which is EqM with c ≡ 1.
     data, noise, gamma, has_aux: as for `equilibrium_loss`.
-    timed: whether the field is told γ.
+    time_conditional: whether the field takes γ.
 
   Returns:
     The loss of each sample, [B].
   """
   x_gamma = corrupt(data, noise, gamma)
-  answer = field_fn(x_gamma, gamma) if timed else field_fn(x_gamma)
-  return _residual_loss(answer, noise - data, has_aux)
+  output = field(x_gamma, gamma) if time_conditional else field(x_gamma)
+  return _residual_loss(output, noise - data, has_aux)
 
 
 def dispersive_loss(tokens: jax.Array) -> jax.Array:
-  """log mean exp(−‖z_i − z_j‖²/D) over all pairs, the diagonal included: a scalar.
+  """Dispersive loss, log mean exp(−‖z_i − z_j‖²/D) over all pairs, the diagonal included: a scalar.
 
   Pushes the activations of different samples apart (Wang & He 2025); the
   released code adds it with weight 0.5, the reported results do not use it.
@@ -167,7 +168,7 @@ def per_sample(value: jax.Array, like: jax.Array) -> jax.Array:
   return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
-def _residual_loss(answer, target: jax.Array, has_aux: bool):
-  f, *aux = answer if has_aux else (answer,)
+def _residual_loss(output, target: jax.Array, has_aux: bool):
+  f, *aux = output if has_aux else (output,)
   loss_B = jnp.mean((f - target) ** 2, axis=range(1, target.ndim))
   return (loss_B, *aux) if has_aux else loss_B

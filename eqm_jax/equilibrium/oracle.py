@@ -1,10 +1,10 @@
-"""The field that perfect training would reach on a finite data set, in closed form.
+"""The field of perfect training on a finite data set, in closed form.
 
     f*(x̂) = E[ c(γ)/(1−γ)·(x̂ − x) | x_γ = x̂ ]
 
 over pairs (x_i, γ) with posterior log-weight −‖x̂ − γ·x_i‖²/(2(1−γ)²) − d·log(1−γ),
 d the dimension. It follows from the minimiser of the EqM loss, E[(ε − x)·c(γ) | x_γ],
-with ε − x = (x_γ − x)/(1−γ). No network and no training: a ruler for samplers and
+with ε − x = (x_γ − x)/(1−γ). No network and no training: a reference for samplers and
 for the paper's statements about the landscape.
 """
 
@@ -14,20 +14,22 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from eqm_jax import checks
 from eqm_jax.equilibrium.objective import Schedule, magnitude
+from eqm_jax.equilibrium.pytrees import ShortRepr
 
 
-@flax.struct.dataclass
-class OracleField:
+@flax.struct.dataclass(eq=False, repr=False)
+class OracleField(ShortRepr):
   """The optimal field of a finite data set. Made by `oracle_field`."""
 
   points: jax.Array
-  log_s_G: jax.Array  # the nodes of the integral over γ, as log(1−γ)
+  log_s: jax.Array  # [G]: the nodes of the integral over γ, as log(1−γ)
   schedule: Schedule = flax.struct.field(pytree_node=False)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x_BxD, points_NxD = x.reshape(x.shape[0], -1), self.points.reshape(self.points.shape[0], -1)
-    s_G = jnp.exp(self.log_s_G)
+    s_G = jnp.exp(self.log_s)
     offset_BxNxD = x_BxD[:, None] - points_NxD
     # ‖x̂ − γx‖² = ‖(x̂ − x) + s·x‖², divided by s² term by term so that nothing cancels as s → 0.
     square_BxN = jnp.sum(offset_BxNxD**2, axis=-1)
@@ -35,7 +37,7 @@ class OracleField:
     length_N = jnp.sum(points_NxD**2, axis=-1)
     exponent_BxNxG = square_BxN[..., None] / s_G**2 + 2 * cross_BxN[..., None] / s_G + length_N[:, None]
     # dγ = s·d(log s), and the nodes are equally spaced in log s: one power of s less than the density.
-    log_weight_BxNxG = -exponent_BxNxG / 2 - (x_BxD.shape[1] - 1) * self.log_s_G
+    log_weight_BxNxG = -exponent_BxNxG / 2 - (x_BxD.shape[1] - 1) * self.log_s
     weight_BxNxG = jax.nn.softmax(log_weight_BxNxG, axis=(1, 2))
     stiffness_BxN = jnp.sum(weight_BxNxG * magnitude(1 - s_G, self.schedule) / s_G, axis=-1)
     return jnp.sum(stiffness_BxN[..., None] * offset_BxNxD, axis=1).reshape(x.shape)
@@ -52,7 +54,7 @@ def oracle_field(
   Args:
     points: the data, [N, ...].
     schedule: c(γ), λ included.
-    nodes: how many values of γ; None gives about five per posterior width.
+    nodes: the number of values of γ; None gives about five per posterior width.
     smallest: the smallest 1−γ; the field is right down to distances of about
       smallest·√d from a data point, and goes to zero below.
 
@@ -64,8 +66,9 @@ def oracle_field(
   """
   points = jnp.asarray(points)
   points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
-  if not 0 < smallest < 1 or (nodes is not None and nodes < 2):
-    raise ValueError(f"smallest = {smallest} must lie between 0 and 1, and nodes = {nodes} be at least 2")
-  if nodes is None:
+  checks.in_interval("smallest", smallest, 0, 1, open_low=True, open_high=True)
+  if nodes is not None:
+    checks.at_least("nodes", nodes, 2)
+  else:
     nodes = 16 + int(5 * -math.log(smallest) * math.sqrt(2 * points[0].size))
   return OracleField(points, jnp.linspace(0.0, math.log(smallest), nodes, dtype=points.dtype), schedule)

@@ -1,7 +1,11 @@
-"""What samples are compared in: their own numbers, a small classifier's features, or Inception's."""
+"""Features that samples are compared in: raw numbers, a small classifier's, or Inception's.
+
+Also here: the support vector machine that judges whether a sample shows the class it was sampled for.
+"""
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,95 +14,169 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
-from eqm_jax import devices
-from eqm_jax.convert import inception as convert
-from eqm_jax.convert.fingerprint import fingerprint
-from eqm_jax.evaluation import fitting
+from eqm_jax import distributed
+from eqm_jax.checkpoints import inception as convert
+from eqm_jax.checks import at_least, one_of
 from eqm_jax.networks import inception
 from eqm_jax.networks.classifier import Classifier
+from eqm_jax.trees import fingerprint
 
 NAMES = ("raw", "classifier", "inception")
-OF_IMAGES = ("classifier", "inception")
+IMAGE_FEATURES = ("classifier", "inception")  # computed from uint8 images
+# Of the classifier; the seed of its split, order and parameters never changes, so that figures can be compared.
+BATCH, LEARNING_RATE, SEED = 128, 2e-3, 0
+MAX_SIZE = 64  # side of the images that the classifier takes, in pixels
+
+log = logging.getLogger(__name__)
+
+
+def fit_classifier(
+  images: np.ndarray, labels: np.ndarray, num_classes: int, steps: int
+) -> tuple[Classifier, Any, float]:
+  """Fits a classifier to three quarters of the images, on one device whatever their number.
+
+  Two fits have the same bits on CPUs with the same number of threads (`hardware.xla_cpu_threads`), and on GPUs with
+  deterministic operations.
+
+  Args:
+    images: [N, H, W, C] in [−1, 1].
+    labels: [N].
+    num_classes: of the data set.
+    steps: of Adam, with batches of up to BATCH images.
+
+  Returns:
+    The module, its parameters, and its accuracy on the other quarter.
+
+  Raises:
+    ValueError: if there are too few images or classes.
+  """
+  if num_classes < 2 or np.min(np.bincount(labels, minlength=num_classes)) < 2:
+    raise ValueError(
+      f"evaluation.features: a classifier needs two classes and two images of each; the data has {len(images)} images "
+      f"of {num_classes} classes"
+    )
+  if max(images.shape[1:3]) > MAX_SIZE:
+    raise ValueError(
+      f"evaluation.features: the classifier is for images of up to {MAX_SIZE} × {MAX_SIZE} pixels, "
+      f"not {images.shape[1:]}: use 'inception'"
+    )
+  import sklearn.model_selection
+
+  fit_x, held_x, fit_y, held_y = sklearn.model_selection.train_test_split(
+    images, labels, test_size=0.25, random_state=SEED, stratify=labels
+  )
+  module = Classifier(num_classes)
+  with jax.default_device(jax.local_devices()[0]):
+    params = _fit(module, fit_x, fit_y, steps)
+    parts = [held_x[first : first + BATCH] for first in range(0, len(held_x), BATCH)]
+    seen = np.concatenate([_logits(module, params, part).argmax(axis=1) for part in parts])
+  accuracy = float(np.mean(np.asarray(seen) == held_y))
+  log.info("feature classifier: accuracy %.3f on %d held-out images", accuracy, len(held_y))
+  return module, jax.device_get(params), accuracy
+
+
+def _fit(module: Classifier, images: np.ndarray, labels: np.ndarray, steps: int) -> Any:
+  params = jax.jit(module.init)(jax.random.key(SEED), jnp.asarray(images[:1]))["params"]
+  optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+
+  def loss_fn(params, image_B, label_B):
+    logits = module.apply({"params": params}, image_B)["logits"]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label_B))
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step_fn(state, image_B, label_B):  # no loop on the device, where CPUs compute convolutions in one thread
+    params, opt_state = state
+    updates, opt_state = optimizer.update(jax.grad(loss_fn)(params, image_B, label_B), opt_state)
+    return optax.apply_updates(params, updates), opt_state
+
+  state, rng = (params, optimizer.init(params)), np.random.default_rng(SEED)
+  for _ in range(steps):
+    index_B = rng.integers(len(images), size=min(BATCH, len(images)))
+    state = step_fn(state, images[index_B], labels[index_B])
+  return state[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(module: Classifier, params: Any, images: jax.Array) -> jax.Array:
+  return module.apply({"params": params}, images)["logits"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """A way to compare samples."""
+  """One kind of features."""
 
   name: str  # one of NAMES
-  identity: dict[str, Any]  # all that a number depends on: distances are comparable if it is the same
+  settings: dict[str, Any]  # everything that the features depend on: distances with equal settings are comparable
   # Samples [N, H, W, C] float32 ("raw"), or images [N, H, W, C] uint8 → "pool" [N, D], and maybe "spatial" [N, S] and
   # "logits" [N, classes], all float32.
   extract: Callable[[np.ndarray], dict[str, np.ndarray]]
-  sizes: dict[str, int]  # D and S, as far as they are known before
+  sizes: dict[str, int]  # D and S, where they are fixed
 
 
 def check(options: ml_collections.ConfigDict):
-  """Refuses features that are not known or not there; `options` is the section evaluation.
+  """Refuses features that do not exist or cannot be computed; `options` is the section `evaluation`.
 
   Raises:
     ValueError: naming the key and the value.
   """
-  named = tuple(options.features)
-  if not named or any(name not in NAMES or named.count(name) > 1 for name in named):
-    raise ValueError(f"evaluation.features = {named}: name some of {', '.join(NAMES)}, each once")
-  if options.classifier.steps < 1:
-    raise ValueError(f"evaluation.classifier.steps = {options.classifier.steps} must be at least 1")
+  names = tuple(options.features)
+  if not names or any(name not in NAMES or names.count(name) > 1 for name in names):
+    raise ValueError(f"evaluation.features = {names} must name some of {', '.join(NAMES)}, each once")
+  at_least("evaluation.classifier.steps", options.classifier.steps, 1)
   if "inception" not in options.features:
     return
-  wanted = options.inception
-  if wanted.resize not in inception.RESIZES:
-    raise ValueError(f"evaluation.inception.resize = {wanted.resize!r} is not one of {', '.join(inception.RESIZES)}")
-  if wanted.dtype != "float32":
+  requested = options.inception
+  one_of("evaluation.inception.resize", requested.resize, inception.RESIZES)
+  if requested.dtype != "float32":
     raise ValueError(
-      f"evaluation.inception.dtype = {wanted.dtype!r}: reported numbers are computed in float32 only; "
-      "bfloat16 moves an FID by more than methods differ"
+      f"evaluation.inception.dtype = {requested.dtype!r} must be 'float32': bfloat16 moves an FID by more than methods "
+      "differ"
     )
-  if wanted.batch_size < 1:
-    raise ValueError(f"evaluation.inception.batch_size = {wanted.batch_size} must be at least 1")
-  if not os.path.isfile(wanted.path):
+  at_least("evaluation.inception.batch_size", requested.batch_size, 1)
+  if not os.path.isfile(requested.path):
     raise ValueError(
-      f"evaluation.inception.path = {wanted.path!r}: no such file. Fetch {convert.PUBLISHED} "
-      "(docs/evaluation.md), or set evaluation.samples = 0"
+      f"evaluation.inception.path = {requested.path!r}: no such file. Fetch {convert.PUBLISHED} "
+      "(docs/evaluation.md), or set evaluation.num_samples = None"
     )
 
 
 def open_features(
   name: str, options: ml_collections.ConfigDict, images: tuple[np.ndarray, np.ndarray, int] | None, in_pixels: bool
 ) -> Features:
-  """The features `name`; `options` is the section evaluation, checked.
+  """Features by name; `options` is the section `evaluation`, which `check` has passed.
 
   Args:
-    images: real images [N, H, W, C], their labels and the number of classes, which "classifier" is fitted to.
-    in_pixels: of "raw", whether samples are pixels in [−1, 1], beyond which they are clipped.
+    images: real images [N, H, W, C], their labels and the number of classes, to fit "classifier" to.
+    in_pixels: whether samples are pixels, which "raw" clips to [−1, 1].
 
   Raises:
-    ValueError: if Inception's weights are not what they should be, or the data has no classes to tell apart.
+    ValueError: if Inception's weights are damaged, or the data has too few classes or images.
   """
   if name == "raw":
     return Features(name, {"name": name}, functools.partial(_raw, in_pixels=in_pixels), {})
   if name == "inception":
     params = convert.load(options.inception.path)
-    identity = {"name": "inception", "resize": options.inception.resize, "sha256": fingerprint(params)}
-    placed = devices.replicate(params)
+    settings = {"name": "inception", "resize": options.inception.resize, "sha256": fingerprint(params)}
+    placed = distributed.replicate(params)
 
     def extract(images):
-      found = inception.features(placed, images, options.inception.resize)
+      computed = inception.features(placed, images, options.inception.resize)
       return {
-        "pool": found["pool"],
-        "spatial": found["spatial"].reshape(len(images), -1),
-        "logits": found["logits_unbiased"],
+        "pool": computed["pool"],
+        "spatial": computed["spatial"].reshape(len(images), -1),
+        "logits": computed["logits_unbiased"],
       }
 
     sizes = {"pool": 2048, "spatial": 17 * 17 * 7}
-    return Features(name, identity, _batched(extract, options.inception.batch_size), sizes)
-  module, params, accuracy = fitting.fit(*images, options.classifier.steps)
-  # Two fits on GPUs differ in their bits: all processes take the first one's.
-  params, accuracy = devices.from_first(params), float(devices.from_all(np.asarray(accuracy))[0])
-  identity = {"name": name, "sha256": fingerprint(params), "held_out_accuracy": accuracy, "dtype": "float32"}
-  apply = functools.partial(_classify, module, devices.replicate(params))
-  return Features(name, identity, _batched(apply, fitting.BATCH), {})
+    return Features(name, settings, _batched(extract, options.inception.batch_size), sizes)
+  module, params, accuracy = fit_classifier(*images, options.classifier.steps)
+  # Two fits on GPUs differ in their bits, so all processes take those of the first.
+  params, accuracy = distributed.from_first(params), float(distributed.from_all(np.asarray(accuracy))[0])
+  settings = {"name": name, "sha256": fingerprint(params), "held_out_accuracy": accuracy, "dtype": "float32"}
+  apply = functools.partial(_classify, module, distributed.replicate(params))
+  return Features(name, settings, _batched(apply, BATCH), {})
 
 
 def _raw(samples: np.ndarray, in_pixels: bool) -> dict[str, np.ndarray]:
@@ -107,9 +185,37 @@ def _raw(samples: np.ndarray, in_pixels: bool) -> dict[str, np.ndarray]:
 
 
 def _batched(function: Callable, batch_size: int) -> Callable:
-  return lambda images: devices.in_batches(function, images, batch_size)
+  return lambda images: distributed.in_batches(function, images, batch_size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _classify(module: Classifier, params: Any, images: jax.Array) -> dict[str, jax.Array]:
   return module.apply({"params": params}, images.astype(jnp.float32) / 127.5 - 1)
+
+
+class PixelClassifier:
+  """A support vector machine on the numbers of samples, fitted to three quarters of the real ones.
+
+  Its verdict on samples is the classifier accuracy: how often it sees the class that was asked for.
+  """
+
+  name = "sklearn.svm.SVC(C=10)"
+
+  def __init__(self, images: np.ndarray, labels: np.ndarray):
+    """Fits `images` [N, ...] to `labels` [N]; the split is always the same."""
+    import sklearn.model_selection
+    import sklearn.svm
+
+    fit_x, held_x, fit_y, held_y = sklearn.model_selection.train_test_split(
+      images.reshape(len(images), -1), labels, test_size=0.25, random_state=0, stratify=labels
+    )
+    self._svc = sklearn.svm.SVC(C=10).fit(fit_x, fit_y)
+    self.held_out_accuracy = float(self._svc.score(held_x, held_y))  # on the other quarter
+
+  def predict(self, images: np.ndarray) -> np.ndarray:
+    """Class of each of `images` [N, ...], [N]."""
+    return self._svc.predict(images.reshape(len(images), -1))
+
+  def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
+    """Fraction of `images` [N, ...] that are classified as `labels` [N]."""
+    return float(np.mean(self.predict(images) == labels))

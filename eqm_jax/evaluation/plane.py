@@ -1,95 +1,88 @@
-"""Landscapes over the plane: the field, its energy and the ways down, beside the optimal field of the data."""
+"""Landscapes over the plane: the field, its energy and trajectories, beside the optimal field of the data."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from PIL import Image
 
-from eqm_jax.equilibrium import energy, field, objective, oracle, sampler
-from eqm_jax.evaluation import pictures, samplers
-from eqm_jax.networks.dit import DiT
+from eqm_jax import plotting
+from eqm_jax.equilibrium import energy, objective, oracle
+from eqm_jax.sampling.generator import Generator, Row
 
 if TYPE_CHECKING:
   import matplotlib.axes
 
 SHAPE = (1, 1, 2)  # of a point: an image of one pixel with two channels
-REACH, CELLS = 2.6, 52  # the square that is drawn, and cells along its side
-PATHS, FRAMES = 80, 60
-ORACLE_POINTS = 600  # of the data, for the optimal field
+REACH, CELLS = 2.6, 52  # half the side of the plotted square, and cells along the side
+TRAJECTORIES, FRAMES = 80, 60
+ORACLE_POINTS = 600  # data points of the optimal field
 
 
-def draw(
-  row: ml_collections.ConfigDict,
-  model: DiT,
-  params: Any,
-  points_N: np.ndarray,
-  schedule: objective.Schedule,
-  batching: samplers.Batching,
-  directory: str,
-):
+def plot(generator: Generator, row: Row, points_N: np.ndarray, schedule: objective.Schedule, directory: str):
   """Writes plane.png: for the network (above) and the oracle (below) the field, its energy, and descents.
 
-  The field and the energy are those without a class; the network's descents take the
-  classes in turn, and the row's guidance. c(γ) of the oracle is that of `schedule`. Where a model gives no energy,
-  the one is drawn whose gradient is nearest to the field.
+  The field and the energy are those without a class; the network's descents take the classes in turn, and the row's
+  guidance. Where a model gives no energy, the energy shown is the one whose gradient is nearest to the field.
 
   Args:
-    row: a row of the samplers that descends, for the network; the oracle takes its
-      step size and budget.
+    generator: the model.
+    row: of the config's samplers, one that descends; the oracle takes its step size and budget.
     points_N: the data, [N, 1, 1, 2].
+    schedule: c(γ) of the oracle.
+    directory: must exist.
   """
-  nulls = np.full(CELLS * CELLS, model.num_classes, np.int32)
-  network = field.conditional_field(model, params)
-  fields = {"network": field.bound(network, nulls), "oracle": oracle.oracle_field(points_N[:ORACLE_POINTS], schedule)}
-  key, index = batching.key, np.arange(PATHS)
-  noise = sampler.start_noise(key, index, SHAPE)
-  label_B = samplers.balanced_labels(PATHS, model.num_classes)
-  guided = field.conditional_field(model, params, **samplers.guidance_of(row))
-  walkers = {"network": field.bound(guided, label_B), "oracle": fields["oracle"]}
+  model = generator.model
+  null_labels = np.full(CELLS * CELLS, model.num_classes, np.int32)
+  labels = np.arange(TRAJECTORIES, dtype=np.int32) % max(1, model.num_classes)
+  optimal = oracle.oracle_field(points_N[:ORACLE_POINTS], schedule)
+  fields = {"network": generator.field().bind(null_labels), "oracle": optimal}
+  descended = {"network": generator.field(row).bind(labels), "oracle": optimal}
+  start = generator.noise(np.arange(TRAJECTORIES))
+  steps = np.unique(np.linspace(0, row.max_nfe, FRAMES).round().astype(int))
 
-  figure, panels = pictures.figure(12, 8.2, rows=2, columns=3)
+  figure, panels = plotting.figure(12, 8.2, rows=2, columns=3)
   line = np.linspace(-REACH, REACH, CELLS)
   grid_GxGx2 = np.stack(np.meshgrid(line, line), axis=-1).astype(np.float32)
-  for (name, field_fn), (left, middle, right) in zip(fields.items(), panels):
-    f_GxGx2 = _on_grid(field_fn, grid_GxGx2)
+  for (name, field), (left, middle, right) in zip(fields.items(), panels):
+    f_GxGx2 = _on_grid(field, grid_GxGx2)
+    _plot_field(left, grid_GxGx2, f_GxGx2, f"{name}: −f, and ‖f‖")
     if name == "network" and energy.is_energy(model):
-      values = energy.energies(model, model.energy, params, grid_GxGx2.reshape(-1, *SHAPE), nulls)
-      energy_GxG = np.asarray(values).reshape(CELLS, CELLS)
-      title = f"energy ({model.energy})"
+      values = energy.energy(model, generator.params, null_labels)(grid_GxGx2.reshape(-1, *SHAPE))
+      energy_GxG, title = np.asarray(values).reshape(CELLS, CELLS), f"energy ({model.energy})"
     else:
       energy_GxG, title = potential(f_GxGx2, line[1] - line[0]), "energy nearest to the field"
-    steps = np.unique(np.linspace(0, row.max_evaluations, FRAMES).round().astype(int))
-    walked = samplers.descend_row(row, walkers[name], noise, batching, record_at=steps, record_fn=_x)
-    _draw_field(left, grid_GxGx2, f_GxGx2, f"{name}: −f, and ‖f‖")
     # Equally many cells between two levels: the valleys are flat beside the walls.
     middle.contourf(line, line, energy_GxG, levels=np.unique(np.quantile(energy_GxG, np.linspace(0, 1, 40))))
     middle.set_title(f"{name}: {title}")
-    right.plot(*points_N.reshape(-1, 2)[:1500].T, ".", color="tab:orange", markersize=1.5)
-    ways_RxBx2 = np.asarray(walked.record).reshape(len(steps), PATHS, 2)
-    right.plot(ways_RxBx2[..., 0], ways_RxBx2[..., 1], color="tab:blue", linewidth=0.5, alpha=0.6)
-    right.plot(*ways_RxBx2[-1].T, "k.", markersize=4)
+    record = generator.descend(row, start, descended[name], record_at=steps, record_fn=_x).record
+    _plot_trajectories(right, points_N, np.asarray(record).reshape(len(steps), TRAJECTORIES, 2))
     right.set_title(f"{name}: descents, from noise to the dots")
     for panel in (left, middle, right):
       panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), aspect="equal", xticks=[], yticks=[])
   figure.savefig(os.path.join(directory, "plane.png"), dpi=90)
 
 
+def _plot_trajectories(panel: "matplotlib.axes.Axes", points_N: np.ndarray, positions_RxBx2: np.ndarray):
+  panel.plot(*points_N.reshape(-1, 2)[:1500].T, ".", color="tab:orange", markersize=1.5)
+  panel.plot(positions_RxBx2[..., 0], positions_RxBx2[..., 1], color="tab:blue", linewidth=0.5, alpha=0.6)
+  panel.plot(*positions_RxBx2[-1].T, "k.", markersize=4)
+
+
 def scatter(points_N: np.ndarray, real_N: np.ndarray | None = None) -> Image.Image:
-  """Points [N, 1, 1, 2], over the real ones if they are given."""
-  figure, panel = pictures.figure(4, 4)
+  """Points [N, 1, 1, 2], over real ones if given."""
+  figure, panel = plotting.figure(4, 4)
   if real_N is not None:
     panel.plot(*real_N.reshape(-1, 2)[:3000].T, ".", color="tab:orange", markersize=2)
   panel.plot(*points_N.reshape(-1, 2).T, "k.", markersize=2)
   panel.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), aspect="equal", xticks=[], yticks=[])
-  return pictures.rendered(figure)
+  return plotting.rendered(figure)
 
 
 def distances(points_N: np.ndarray, real_N: np.ndarray) -> dict[str, float]:
-  """How far samples are from the data, and the data from the samples: means to the nearest."""
+  """Mean distance of samples to the nearest data point, and of data points to the nearest sample."""
   import sklearn.neighbors
 
   def mean_nearest(a, b):
@@ -100,11 +93,11 @@ def distances(points_N: np.ndarray, real_N: np.ndarray) -> dict[str, float]:
 
 
 def potential(f_GxGx2: np.ndarray, spacing: float) -> np.ndarray:
-  """The energy on a grid whose differences are nearest to a field's, by least squares; its lowest value is 0.
+  """Energy on a grid whose differences are nearest to a field, by least squares; its minimum is 0.
 
   Args:
     f_GxGx2: the field (x and y component) at rows y and columns x of a square grid.
-    spacing: between neighbours.
+    spacing: between neighbouring grid points.
   """
   import scipy.sparse
   import scipy.sparse.linalg
@@ -122,16 +115,16 @@ def potential(f_GxGx2: np.ndarray, spacing: float) -> np.ndarray:
   return (values - values.min()).reshape(G, G)
 
 
-def _on_grid(field_fn, grid_GxGx2: np.ndarray) -> np.ndarray:
+def _on_grid(field, grid_GxGx2: np.ndarray) -> np.ndarray:
   x = jnp.asarray(grid_GxGx2.reshape(-1, *SHAPE))
-  if isinstance(field_fn, oracle.OracleField):  # takes memory for points times data: in parts
-    f = jax.lax.map(field_fn, x.reshape(CELLS, CELLS, *SHAPE))
+  if isinstance(field, oracle.OracleField):  # its memory grows with points times data: in parts
+    f = jax.lax.map(field, x.reshape(CELLS, CELLS, *SHAPE))
   else:
-    f = jax.jit(lambda field_fn, x: field_fn(x))(field_fn, x)
+    f = jax.jit(lambda field, x: field(x))(field, x)
   return np.asarray(f).reshape(CELLS, CELLS, 2)
 
 
-def _draw_field(panel: "matplotlib.axes.Axes", grid_GxGx2: np.ndarray, f_GxGx2: np.ndarray, title: str):
+def _plot_field(panel: "matplotlib.axes.Axes", grid_GxGx2: np.ndarray, f_GxGx2: np.ndarray, title: str):
   norm_GxG = np.linalg.norm(f_GxGx2, axis=-1)
   extent = (-REACH, REACH, -REACH, REACH)
   panel.imshow(norm_GxG, origin="lower", extent=extent, cmap="magma")

@@ -1,7 +1,7 @@
 """Stable Diffusion's autoencoder (AutoencoderKL): images to a Gaussian over latents, and back.
 
-Modules bear the names of the published weights, so that conversion is a renaming;
-the attributes are those of the published config.json.
+Modules have the names of the published weights, so that conversion is a renaming; the attributes are those of the
+published config.json.
 """
 
 import dataclasses
@@ -13,21 +13,20 @@ import jax.numpy as jnp
 
 
 class Autoencoder(nn.Module):
-  """Encoder to the moments of a diagonal Gaussian, and decoder; each level but the last halves the image.
+  """Encoder to mean and log-variance of a diagonal Gaussian, and decoder; each level but the last halves the image.
 
   Methods, by `module.apply({"params": params}, array, method="encode")`:
     encode: image [B, H, W, C] in [−1, 1] → mean, logvar [B, H/r, W/r, Z], r = `reduction`.
     decode: latent [B, H/r, W/r, Z] → image [B, H, W, C], about in [−1, 1].
 
-  Both speak of unscaled latents; a model is trained on `scaling_factor` times those,
-  which have about unit variance. Results are float32, whatever `dtype` the
-  convolutions have.
+  Latents are unscaled; models are trained on `scaling_factor` times those, which have about unit variance. Results are
+  float32, whatever `dtype` the convolutions have.
   """
 
   in_channels: int = 3
   out_channels: int = 3
   latent_channels: int = 4
-  block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # of each level
+  block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # one for each level
   layers_per_block: int = 2
   norm_num_groups: int = 32
   mid_block_add_attention: bool = True
@@ -42,11 +41,7 @@ class Autoencoder(nn.Module):
     return 2 ** (len(self.block_out_channels) - 1)
 
   def setup(self):
-    shared = dict(
-      groups=self.norm_num_groups,
-      attention=self.mid_block_add_attention,
-      dtype=self.dtype,
-    )
+    shared = dict(groups=self.norm_num_groups, attention=self.mid_block_add_attention, dtype=self.dtype)
     Z = self.latent_channels
     self.encoder = Encoder(self.block_out_channels, self.layers_per_block, 2 * Z, **shared)
     self.decoder = Decoder(self.block_out_channels, self.layers_per_block, self.out_channels, **shared)
@@ -58,7 +53,7 @@ class Autoencoder(nn.Module):
     if C != self.in_channels or H % self.reduction or W % self.reduction:
       raise ValueError(
         f"the autoencoder takes images [B, H, W, {self.in_channels}], H and W multiples of {self.reduction}, "
-        f"but got {image_BxHxWxC.shape}"
+        f"but got {image_BxHxWxC.shape}: crop or resize them"
       )
     moments = self.quant_conv(self.encoder(image_BxHxWxC)).astype(_result_type(self.dtype))
     mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -70,11 +65,13 @@ class Autoencoder(nn.Module):
     return self.decoder(self.post_quant_conv(latent_BxHxWxZ)).astype(_result_type(self.dtype))
 
   def __call__(self, image_BxHxWxC: jax.Array) -> jax.Array:
-    """The image as it comes back from the middle of its posterior."""
+    """The reconstruction of an image: the decoded mean of its posterior."""
     return self.decode(self.encode(image_BxHxWxC)[0])
 
 
 class Encoder(nn.Module):
+  """Images → moments [B, H/r, W/r, 2·Z], by levels of residual layers."""
+
   channels: tuple[int, ...]
   layers: int
   out: int
@@ -94,6 +91,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+  """Latents → images, by levels of residual layers."""
+
   channels: tuple[int, ...]
   layers: int
   out: int
@@ -145,6 +144,8 @@ class Up(nn.Module):
 
 
 class Middle(nn.Module):
+  """Residual layers with attention between them, at the coarsest level."""
+
   attention: bool
   groups: int
   dtype: str
@@ -158,6 +159,8 @@ class Middle(nn.Module):
 
 
 class Residual(nn.Module):
+  """Two convolutions, each after a group norm and an activation, added to the input."""
+
   channels: int
   groups: int
   dtype: str
@@ -174,7 +177,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-  """One head over all places of the image."""
+  """Attention with one head over all positions of the image."""
 
   groups: int
   dtype: str
@@ -209,12 +212,12 @@ class Upsample(nn.Module):
 
 
 def posterior_sample(mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> jax.Array:
-  """A latent of N(mean, exp(logvar)), made of standard normal `noise`; the most probable one is `mean`."""
+  """A sample of N(mean, exp(logvar)) by standard normal `noise`."""
   return mean + jnp.exp(logvar / 2) * noise
 
 
 def attributes(module: Autoencoder) -> dict[str, Any]:
-  """What the module was built with: Autoencoder(**attributes(module)) == module."""
+  """The attributes of a module: Autoencoder(**attributes(module)) == module."""
   fields = [field.name for field in dataclasses.fields(Autoencoder) if field.name not in ("parent", "name")]
   return {name: getattr(module, name) for name in fields}
 

@@ -1,4 +1,4 @@
-"""A small convolutional classifier, whose features stand for Inception's where images are small."""
+"""A small convolutional classifier, whose features replace Inception's where images are small."""
 
 import flax.linen as nn
 import jax
@@ -15,12 +15,12 @@ class Classifier(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-    """Returns "pool" [B, 64], "spatial" [B, h·w·7] and "logits" [B, num_classes]."""
+    """The features "pool" [B, 64] and "spatial" [B, h·w·7], and "logits" [B, num_classes]."""
     x = nn.relu(nn.Conv(WIDTH // 2, (3, 3), precision="highest")(images))
     for _ in range(2):
       x = nn.relu(nn.Conv(WIDTH, (3, 3), strides=2, precision="highest")(x))
     pool = nn.relu(nn.Dense(WIDTH, precision="highest")(x.reshape(len(x), -1)))
-    pool = nn.LayerNorm(use_bias=False, use_scale=False)(pool)  # of a known size: the kernel distance depends on it
+    pool = nn.LayerNorm(use_bias=False, use_scale=False)(pool)  # the kernel distance depends on the scale
     logits = nn.Dense(self.num_classes, precision="highest")(pool)
     spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
     return {"pool": pool, "spatial": spatial, "logits": logits.astype(jnp.float32)}

@@ -1,11 +1,11 @@
-"""The blocks of a DiT in the form that XLA's CPU compiler makes fast programs of.
+"""The blocks of a DiT in a form that XLA's CPU compiler turns into fast programs.
 
-The parameters are those of `dit.Block`, and so are the numbers, to rounding. What differs:
+The parameters are those of `dit.Block`, and so are the numbers, to rounding. The differences:
 
 - Weight matrices are flat, [in, out], and tokens are rows of one matrix.
 - Attention runs over arrays with heads before tokens, so that its products are plain batched ones.
-- While training, the backward pass is written by hand. Autodiff would keep the attention weights [B, H, T, T] and what
-  norms and activations answer for every block; on a CPU, writing and reading them takes longer than computing them
+- In training, the backward pass is written by hand. Autodiff would keep the attention weights [B, H, T, T] and the
+  outputs of norms and activations of every block; on a CPU, writing and reading them takes longer than computing them
   again. A bias's gradient is a product with ones, since XLA sums columns slowly. The price: no forward-mode derivative
   (`jax.jvp`, `jax.jacfwd`), which training does not need.
 """
@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-EPSILON = 1e-6  # of the layer norms
+EPSILON = 1e-6  # in the layer norms
 
 
 def blocks(
@@ -35,10 +35,10 @@ def blocks(
 
   Args:
     params: the parameters of `dit.Block`, each with a leading depth axis.
-    tokens_BxTxD: the embedded patches; their type is that of the products.
+    tokens_BxTxD: the embedded patches, in the type of the products.
     condition_BxD: the embedded label and time.
     num_heads: of the attention; divides D.
-    training: take the backward pass that is written by hand, which has no forward-mode derivative.
+    training: uses the backward pass that is written by hand, which has no forward-mode derivative.
     unroll: blocks per iteration of the scan over depth.
     wrap: applied to the function of one block, (tokens, parameters) → (tokens, None), such as `jax.checkpoint`.
   """
@@ -93,7 +93,7 @@ def _dense_plain(activation: Callable, kernel: jax.Array, bias: jax.Array, *inpu
   return (_rows(x) @ kernel + bias).reshape(*x.shape[:-1], -1)
 
 
-# The same; its backward pass keeps the inputs of the activation and computes the activation again.
+# `_dense_plain` with a backward pass that keeps the inputs of the activation and computes the activation again.
 _dense = jax.custom_vjp(_dense_plain, nondiff_argnums=(0,))
 
 
@@ -125,7 +125,7 @@ def _attend_plain(num_heads: int, qkv_BxTx3D: jax.Array) -> jax.Array:
   return _attend_forward(num_heads, qkv_BxTx3D)[0]
 
 
-# The same; its backward pass keeps one number per row of the attention weights, and computes the weights again.
+# `_attend_plain` with a backward pass that keeps one number per row of attention weights and computes them again.
 _attend = jax.custom_vjp(_attend_plain, nondiff_argnums=(0,))
 
 
@@ -152,7 +152,7 @@ def _attend_backward(num_heads, residuals, gradient_BxTxD):
   shared_BxHxTx1 = jnp.sum((gradient * mixed).astype(wide), axis=-1, keepdims=True)  # Σ_s weight·along_weights
   along_logits = (weights_BxHxTxS * (along_weights - shared_BxHxTx1)).astype(value.dtype)
 
-  # Contracted over T: with the small array transposed these are plain products, without it XLA's loops are slower.
+  # Contracted over T: with the smaller array transposed these are plain products, which XLA computes faster.
   along_value = jnp.einsum("BHKT,BHTS->BHKS", gradient.swapaxes(2, 3), weights_BxHxTxS.astype(value.dtype))
   along_key = jnp.einsum("BHKT,BHTS->BHKS", query.swapaxes(2, 3), along_logits)
   along_query = jnp.einsum("BHTS,BHSK->BHTK", along_logits, key)

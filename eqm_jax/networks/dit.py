@@ -2,9 +2,8 @@
 
     x [B, H, W, C], label [B] → f [B, H, W, C]
 
-The blocks' parameters are stacked on a leading depth axis and the blocks run in
-one scan, so compile time does not grow with depth. Without `time_input` the time
-embedding is that of time 0, one learned vector, as in the released code.
+The blocks' parameters are stacked on a leading depth axis and the blocks run in one scan, so compile time does not grow
+with depth. Without `time_input` the time embedding is that of time 0, one learned vector, as in the released code.
 """
 
 import dataclasses
@@ -17,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from eqm_jax import checks
 from eqm_jax.networks import cpu_blocks
 
 # depth, width, num_heads of the published sizes; the patch size follows the slash in a name: "XL/2".
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
-# What a block keeps for the backward pass; everything else is computed again.
+# Intermediate values of a block that are kept for the backward pass; the others are computed again.
 REMAT_POLICIES = {
-  "none": None,  # keeps all: no rematerialisation
+  "none": None,  # all are kept: no rematerialisation
   "dots": jax.checkpoint_policies.checkpoint_dots,
   "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -32,9 +32,10 @@ REMAT_POLICIES = {
 ATTENTION = ("xla", "cudnn")
 BLOCKS = ("auto", "xla", "cpu")
 ENERGIES = ("none", "dot", "l2", "scalar")
+DTYPES = ("float32", "bfloat16", "float64")
 TIME_FREQUENCIES = 256
 
-# The axes of a mesh that activations are spread over, where there is one: samples, and what a layer is split along.
+# Mesh axes that activations are sharded over: along samples, and within a layer.
 SAMPLES, WITHIN_LAYER = ("data", "fsdp"), "tensor"
 
 
@@ -42,8 +43,7 @@ class DiT(nn.Module):
   """The network. Its attributes are the `model` section of a config.
 
   Raises:
-    ValueError: when built, if the attributes do not fit each other; when called,
-      if an argument does not fit them.
+    ValueError: when built, if the attributes do not fit each other; when called, if an argument does not fit them.
   """
 
   input_size: int  # height and width of x
@@ -55,14 +55,14 @@ class DiT(nn.Module):
   num_classes: int  # label num_classes is the null class
   mlp_ratio: float = 4.0
   time_input: bool = False  # takes γ as a third argument (flow matching)
-  learn_sigma: bool = False  # carries the second output half that the released code has and throws away
+  learn_sigma: bool = False  # has the second output half that the released code computes and discards
   dtype: str = "float32"  # of the matrix products; norms, softmax, parameters and output stay float32
   unroll: int = 1  # blocks per iteration of the scan
   remat: str = "none"  # one of REMAT_POLICIES
   attention: str = "xla"  # or "cudnn" (GPU, bfloat16)
-  block: str = "auto"  # how blocks are written: "xla" suits TPUs and GPUs, "cpu" CPUs, "auto" chooses by the backend
-  energy: str = "none"  # what the answer is for: "none", itself the field; "dot" or "l2", part of an energy;
-  # "scalar", the energy itself, [B]: a head that sums over the tokens in place of the last layer
+  block: str = "auto"  # form of the blocks: "xla" for TPUs and GPUs, "cpu" for CPUs, "auto" chooses by the backend
+  energy: str = "none"  # meaning of the output: "none", the field itself; "dot" or "l2", part of an energy;
+  # "scalar", the energy itself, [B], by a head that sums over the tokens in place of the last layer
 
   def __post_init__(self):
     _check_attributes(self)
@@ -75,15 +75,15 @@ class DiT(nn.Module):
 
   @property
   def twice_differentiable(self) -> "DiT":
-    """The same model with an attention that has second derivatives; cuDNN's has not."""
+    """The same model with an attention that has second derivatives, unlike cuDNN's."""
     return self if self.attention == "xla" else self.clone(attention="xla")
 
   @property
   def block_form(self) -> str:
-    """How the blocks run where this is traced: "xla" or "cpu"."""
+    """Form of the blocks where this is traced: "xla" or "cpu"."""
     if self.block != "auto":
       return self.block
-    # A layer that is split over devices has its axes named in `Block`. In a shard_map each device has the whole layer.
+    # Only `Block` has sharding constraints for layers that are split over devices; in a shard_map none is split.
     mesh = jax.sharding.get_abstract_mesh()
     split = any(size > 1 for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
     return "cpu" if jax.default_backend() == "cpu" and not split else "xla"
@@ -102,51 +102,46 @@ class DiT(nn.Module):
 
     Args:
       x_BxHxWxC: the samples.
-      label_B: int, 0..num_classes; num_classes means no class.
+      label_B: int, 0..num_classes; num_classes is the null class.
       gamma_B: the time, only with `time_input`: 0 at noise, 1 at data.
-      return_tokens: also return the last block's activations [B, T, width].
-      training: allow a backward pass that is faster but has no forward-mode derivative.
+      return_tokens: returns the last block's activations [B, T, width] too.
+      training: allows a backward pass that is faster but has no forward-mode derivative.
 
     Returns:
-      f [B, H, W, C] in float32 (float64 if dtype is), or (f, tokens). With energy
-      "scalar", E [B] in place of f.
+      f [B, H, W, C] in float32 (float64 if dtype is), or (f, tokens). With energy "scalar", E [B] in place of f.
     """
     self._check_arguments(x_BxHxWxC, label_B, gamma_B)
     dtype = jnp.dtype(self.dtype)
-    out_channels = self.channels * (2 if self.learn_sigma else 1)
-
     patches_BxTxP = patchify(x_BxHxWxC, self.patch_size).astype(dtype)
     positions_TxD = jnp.asarray(position_table(self.input_size // self.patch_size, self.width), dtype)
-    tokens_BxTxD = _dense(self.width, dtype, name="patch_embed")(patches_BxTxP) + positions_TxD
-    tokens_BxTxD = _spread(tokens_BxTxD, SAMPLES)
+    tokens_BxTxD = _constrain(_dense(self.width, dtype, name="patch_embed")(patches_BxTxP) + positions_TxD, SAMPLES)
 
     time = jnp.zeros(1) if gamma_B is None else gamma_B
     time_BxD = TimeEmbed(self.width, dtype, name="time_embed")(time)
-    label_BxD = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_normal, name="label_embed")(
-      label_B
-    )
-    condition_BxD = _spread(time_BxD + label_BxD, SAMPLES)
+    embed_label = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_normal, name="label_embed")
+    condition_BxD = _constrain(time_BxD + embed_label(label_B), SAMPLES)
 
-    # Parameters are made by the other form.
+    # Parameters are initialised by the other form.
     if self.block_form == "cpu" and not self.is_initializing():
       tokens_BxTxD = self._cpu_blocks(tokens_BxTxD, condition_BxD, training)
     else:
       tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
+    output = self._output(tokens_BxTxD, condition_BxD)
+    return (output, tokens_BxTxD) if return_tokens else output
 
-    # The last layer is narrow, and its answer is summed over hundreds of steps: never below float32.
-    wide = jnp.promote_types(dtype, jnp.float32)
+  def _output(self, tokens_BxTxD, condition_BxD):
+    """The last layer: f [B, H, W, C], or E [B] with energy "scalar"."""
+    # It is narrow, and its output is summed over hundreds of steps: never below float32.
+    wide = jnp.promote_types(self.dtype, jnp.float32)
     shift, scale = _modulation(2, self.width, wide, "final_modulation", condition_BxD)
     normed_BxTxD = _modulate(_layer_norm(tokens_BxTxD.astype(wide)), shift, scale)
     zeros = nn.initializers.zeros
     if self.energy == "scalar":
       energy_BxTx1 = nn.Dense(1, dtype=wide, kernel_init=zeros, name="energy_out")(normed_BxTxD)
-      energy_B = jnp.sum(energy_BxTx1, axis=(1, 2))
-      return (energy_B, tokens_BxTxD) if return_tokens else energy_B
-    out_BxTxP = nn.Dense(self.patch_size**2 * out_channels, dtype=wide, kernel_init=zeros, name="final_out")(
-      normed_BxTxD
-    )
-    f_BxHxWxC = unpatchify(out_BxTxP, self.patch_size, out_channels)[..., : self.channels]
-    return (f_BxHxWxC, tokens_BxTxD) if return_tokens else f_BxHxWxC
+      return jnp.sum(energy_BxTx1, axis=(1, 2))
+    out_channels = self.channels * (2 if self.learn_sigma else 1)
+    final_out = nn.Dense(self.patch_size**2 * out_channels, dtype=wide, kernel_init=zeros, name="final_out")
+    return unpatchify(final_out(normed_BxTxD), self.patch_size, out_channels)[..., : self.channels]
 
   def _cpu_blocks(self, tokens_BxTxD, condition_BxD, training: bool):
     wrap = functools.partial(jax.checkpoint, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -161,10 +156,10 @@ class DiT(nn.Module):
     )
 
   def _blocks(self, dtype):
-    """The depth blocks as one module, scanned over stacked parameters."""
+    """All blocks as one module, scanned over stacked parameters."""
     block = Block
     if self.remat != "none":
-      # The loop keeps what is computed again apart from what was computed.
+      # The loop separates the recomputation, so prevent_cse is not needed.
       block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
     stack = nn.scan(
       block,
@@ -183,17 +178,14 @@ class DiT(nn.Module):
       raise ValueError(f"labels have shape {label.shape}: give one for each of the {x.shape[0]} samples of x {x.shape}")
     if not jnp.issubdtype(label.dtype, jnp.integer):
       raise ValueError(f"labels are {label.dtype}: give integers 0..{self.num_classes}")
-    # Values of a traced array are not known: whoever compiles checks before. In numpy, which no trace records.
+    # Traced arrays have no values to check: callers that compile check before. numpy keeps the check out of a trace.
     if not isinstance(label, jax.core.Tracer) and label.size:
       low, high = np.asarray(label).min(), np.asarray(label).max()
       if low < 0 or high > self.num_classes:
-        raise ValueError(f"labels span {low}..{high}: this model knows 0..{self.num_classes}")
+        raise ValueError(f"labels span {low}..{high}: this model has 0..{self.num_classes}")
     if self.time_input != (gamma is not None):
-      raise ValueError(
-        "this model needs a time (time_input=True)"
-        if self.time_input
-        else "this model takes no time: it was built with time_input=False"
-      )
+      problem = "needs a time: give gamma" if self.time_input else "takes no time: leave gamma out"
+      raise ValueError(f"this model {problem} (time_input={self.time_input})")
     if gamma is not None and gamma.shape != x.shape[:1]:
       raise ValueError(f"times have shape {gamma.shape}: give one for each of the {x.shape[0]} samples")
 
@@ -215,19 +207,19 @@ class Block(nn.Module):
 
     h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_attention, scale_attention)
     qkv_BxTx3xHxK = nn.DenseGeneral((3, *heads), dtype=dtype, kernel_init=_xavier, name="qkv")(h_BxTxD)
-    qkv_BxTx3xHxK = _spread(qkv_BxTx3xHxK, SAMPLES, None, None, WITHIN_LAYER)
+    qkv_BxTx3xHxK = _constrain(qkv_BxTx3xHxK, SAMPLES, None, None, WITHIN_LAYER)
     query, key, value = jnp.moveaxis(qkv_BxTx3xHxK, 2, 0)
     mixed_BxTxHxK = _attend(query, key, value, self.attention)
     h_BxTxD = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=dtype, kernel_init=_xavier, name="attention_out")(
       mixed_BxTxHxK
     )
-    tokens_BxTxD = _spread(tokens_BxTxD + gate_attention * h_BxTxD, SAMPLES)
+    tokens_BxTxD = _constrain(tokens_BxTxD + gate_attention * h_BxTxD, SAMPLES)
 
     h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_mlp, scale_mlp)
     h_BxTxF = nn.gelu(_dense(round(self.width * self.mlp_ratio), dtype, name="mlp_in")(h_BxTxD), approximate=True)
-    h_BxTxF = _spread(h_BxTxF, SAMPLES, None, WITHIN_LAYER)
+    h_BxTxF = _constrain(h_BxTxF, SAMPLES, None, WITHIN_LAYER)
     tokens_BxTxD = tokens_BxTxD + gate_mlp * _dense(self.width, dtype, name="mlp_out")(h_BxTxF)
-    return _spread(tokens_BxTxD, SAMPLES), None
+    return _constrain(tokens_BxTxD, SAMPLES), None
 
 
 class TimeEmbed(nn.Module):
@@ -274,12 +266,12 @@ def position_table(side: int, width: int) -> np.ndarray:
 
 
 def attributes(model: DiT) -> dict[str, Any]:
-  """What the model was built with, as plain values: `DiT(**attributes(model)) == model`."""
+  """The attributes of a model as plain values: `DiT(**attributes(model)) == model`."""
   return {field.name: getattr(model, field.name) for field in attribute_fields()}
 
 
 def attribute_fields() -> list[dataclasses.Field]:
-  """The attributes that a model is built with, without those that linen adds."""
+  """The attributes of DiT, without those that linen adds."""
   return [field for field in dataclasses.fields(DiT) if field.name not in ("parent", "name")]
 
 
@@ -290,10 +282,10 @@ def parameter_shapes(model: DiT) -> dict[str, Any]:
   return jax.eval_shape(model.init, jax.random.key(0), x, label, *gamma)["params"]
 
 
-def _spread(x: jax.Array, *axes) -> jax.Array:
-  """Asks for x's axes to be spread over these of the mesh that this is traced in, the others being whole.
+def _constrain(x: jax.Array, *axes) -> jax.Array:
+  """Constrains x's axes to be sharded over these of the mesh in which this is traced, and the others to be replicated.
 
-  Left to itself the compiler may move activations where moving parameters is cheaper. Without a mesh it says nothing.
+  By itself the compiler may move activations where moving parameters is cheaper. Without a mesh nothing is constrained.
   """
   names = jax.sharding.get_abstract_mesh().axis_names
   if not {*SAMPLES, WITHIN_LAYER} <= set(names):
@@ -310,7 +302,7 @@ def _attend(query, key, value, implementation: str):
 
 
 def _modulation(count: int, width: int, dtype, name: str, condition_BxD):
-  """adaLN-Zero: `count` vectors [B, 1, width] from the condition, zero at the start."""
+  """adaLN-Zero: `count` vectors [B, 1, width] of the condition, zero when initialised."""
   zeros = nn.initializers.zeros
   out_BxND = nn.Dense(count * width, dtype=dtype, kernel_init=zeros, name=name)(nn.silu(condition_BxD))
   return jnp.split(out_BxND[:, None], count, axis=-1)
@@ -337,32 +329,26 @@ _normal = nn.initializers.normal(0.02)
 
 def _check_attributes(m: DiT):
   for name in ("input_size", "channels", "patch_size", "width", "depth", "num_heads", "unroll"):
-    if getattr(m, name) < 1:
-      raise ValueError(f"model: {name} = {getattr(m, name)} must be at least 1")
+    checks.at_least(f"model.{name}", getattr(m, name), 1)
+  checks.at_least("model.num_classes", m.num_classes, 0, "0 is an unconditional model")
   if not round(m.width * m.mlp_ratio) > 0:
-    raise ValueError(f"model: mlp_ratio = {m.mlp_ratio} must be positive")
-  if m.num_classes < 0:
-    raise ValueError(f"model: num_classes = {m.num_classes} must not be negative (0: unconditional)")
-  if m.input_size % m.patch_size:
-    raise ValueError(f"model: patch_size = {m.patch_size} does not divide input_size = {m.input_size}")
-  if m.width % m.num_heads:
-    raise ValueError(f"model: num_heads = {m.num_heads} does not divide width = {m.width}")
+    raise ValueError(f"model.mlp_ratio = {m.mlp_ratio} must be positive: width · mlp_ratio units are hidden")
+  for whole, part in (("input_size", "patch_size"), ("width", "num_heads")):
+    if getattr(m, whole) % getattr(m, part):
+      raise ValueError(
+        f"model.{part} = {getattr(m, part)} does not divide model.{whole} = {getattr(m, whole)}: change one of them"
+      )
   if m.width % 4:
-    raise ValueError(f"model: width = {m.width} must be a multiple of 4 for the sin-cos positions")
-  if m.remat not in REMAT_POLICIES:
-    raise ValueError(f"model: remat = {m.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+    raise ValueError(f"model.width = {m.width} must be a multiple of 4, for the sin-cos positions")
+  checks.one_of("model.remat", m.remat, REMAT_POLICIES)
   if m.remat != "none" and m.unroll >= m.depth > 1:
     raise ValueError(
-      f"model: remat = {m.remat!r} has no effect where the loop over the blocks is unrolled whole: unroll = {m.unroll} "
-      f"must be below depth = {m.depth}"
+      f"model.remat = {m.remat!r} has no effect where the loop over the blocks is fully unrolled: "
+      f"model.unroll = {m.unroll} must be below model.depth = {m.depth}"
     )
-  if m.attention not in ATTENTION:
-    raise ValueError(f"model: attention = {m.attention!r} is not one of {', '.join(ATTENTION)}")
-  if m.block not in BLOCKS:
-    raise ValueError(f"model: block = {m.block!r} is not one of {', '.join(BLOCKS)}")
-  if m.energy not in ENERGIES:
-    raise ValueError(f"model: energy = {m.energy!r} is not one of {', '.join(ENERGIES)}")
+  checks.one_of("model.attention", m.attention, ATTENTION)
+  checks.one_of("model.block", m.block, BLOCKS)
+  checks.one_of("model.energy", m.energy, ENERGIES)
   if m.energy != "none" and m.time_input:
-    raise ValueError(f"model: energy = {m.energy!r} is a landscape without time: set time_input = False")
-  if m.dtype not in ("float32", "bfloat16", "float64"):
-    raise ValueError(f"model: dtype = {m.dtype!r} is not float32, bfloat16 or float64")
+    raise ValueError(f"model.energy = {m.energy!r} is a landscape without time: set model.time_input = False")
+  checks.one_of("model.dtype", m.dtype, DTYPES)

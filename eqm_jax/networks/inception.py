@@ -1,11 +1,11 @@
-"""The Inception-v3 whose features the FID is defined on: images to pool, spatial and logits.
+"""The Inception-v3 whose features define the FID: images to pool, spatial and logits.
 
-The TensorFlow graph of 2015-12-05, as pytorch-fid, torch-fidelity and ADM's evaluator have it. It is not torchvision's:
+The TensorFlow graph of 2015-12-05, as in pytorch-fid, torch-fidelity and ADM's evaluator. Unlike torchvision's, its
 average pools do not count the padding, the last block's pool takes the maximum, and there are 1008 classes.
 
-Batch norms are folded into the convolutions when the weights are converted (convert/inception.py). Modules bear the
-published names. Every product is taken in full float32: distances between features would show the bfloat16 of a TPU's
-or the TF32 of a GPU's default.
+Batch norms are folded into the convolutions when the weights are converted (checkpoints/inception.py). Modules have the
+published names. Every product is in full float32: distances between features would show the bfloat16 of a TPU's or the
+TF32 of a GPU's default.
 """
 
 import functools
@@ -17,36 +17,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SIZE = 299  # height and width of the images that the network sees
+from eqm_jax import checks
+
+SIZE = 299  # height and width of the network's input
 CLASSES = 1008
-SPATIAL_CHANNELS = 7  # of Mixed_6d, as many as ADM's evaluator takes: 17·17·7 = 2023 numbers, about those of pool
+SPATIAL_CHANNELS = 7  # of Mixed_6d, as in ADM's evaluator: 17·17·7 = 2023 numbers, about as many as pool's
 RESIZES = ("tf1", "half_pixel")
 EXACT = jax.lax.Precision.HIGHEST
 
 
 def features(params: Any, images_uint8: jax.Array, resize: str = "tf1") -> dict[str, jax.Array]:
-  """The features of images, in float32.
+  """Features of images, in float32.
 
-  The network is compiled once for a batch size, whatever size the images have. May be called inside jax.jit, and with
+  The network is compiled once for a batch size, for images of any size. It can be called inside jax.jit, and with
   images sharded along the batch, if the parameters are replicated.
 
   Args:
-    params: as `convert.inception.load` gives them; jax.device_put them first if there are many batches.
+    params: as `checkpoints.inception.load` returns them; jax.device_put them first if there are many batches.
     images_uint8: [B, H, W, 3] in 0..255, RGB, of any height and width.
-    resize: how they become 299×299, both without antialiasing. "tf1": as in TensorFlow 1 (pixel i is read at i·H/299),
-      then (x − 128)/128: that of the original FID, ADM's evaluator and torch-fidelity. "half_pixel": between pixel
-      centres, then 2x/255 − 1: that of pytorch-fid.
+    resize: to 299×299, without antialiasing. "tf1": as in TensorFlow 1 (pixel i is read at i·H/299), then
+      (x − 128)/128: that of the original FID, ADM's evaluator and torch-fidelity. "half_pixel": between pixel centres,
+      then 2x/255 − 1: that of pytorch-fid.
 
   Returns:
-    pool [B, 2048], after the last average: of FID, KID, precision and recall.
-    spatial [B, 17, 17, 7], the first channels of Mixed_6d, those of its 1×1 branch: of ADM's sFID.
-    logits_unbiased [B, 1008], the last layer without its bias: of the Inception Score.
+    pool [B, 2048], after the last average: for FID, KID, precision and recall.
+    spatial [B, 17, 17, 7], the first channels of Mixed_6d, those of its 1×1 branch: for ADM's sFID.
+    logits_unbiased [B, 1008], the last layer without its bias: for the Inception Score.
 
   Raises:
-    ValueError: if the images are not such, or `resize` is not known.
+    ValueError: if the images are of another shape or type, or `resize` is unknown.
   """
-  if resize not in RESIZES:
-    raise ValueError(f"resize = {resize!r}, but known are {' and '.join(map(repr, RESIZES))}")
+  checks.one_of("resize", resize, RESIZES)
   shape, dtype = (getattr(images_uint8, name, None) for name in ("shape", "dtype"))
   if shape is None or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
     seen = f"a {type(images_uint8).__name__}" if shape is None else f"{dtype} {tuple(shape)}"
@@ -70,7 +71,7 @@ def _network(params: Any, x_BxHxWxC: jax.Array) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="method")
 def _resize(images_BxHxWxC: jax.Array, method: str) -> jax.Array:
-  """Images 0..255 of any size → [B, 299, 299, C] in about [−1, 1]. Bilinear: a matrix for each axis."""
+  """Images 0..255 of any size → [B, 299, 299, C] in about [−1, 1]: bilinear, by a matrix for each axis."""
   _, H, W, _ = images_BxHxWxC.shape
   rows, columns = (interpolation(length, SIZE, method) for length in (H, W))
   x = images_BxHxWxC.astype(jnp.float32)
@@ -80,7 +81,7 @@ def _resize(images_BxHxWxC: jax.Array, method: str) -> jax.Array:
 
 
 def interpolation(length: int, size: int, method: str) -> np.ndarray:
-  """The matrix [size, length] of one axis's bilinear resize: each row holds the weights of two neighbours."""
+  """The matrix [size, length] of a bilinear resize along one axis: each row has the weights of two neighbours."""
   scale = length / size
   target = np.arange(size)
   position = target * scale if method == "tf1" else np.maximum((target + 0.5) * scale - 0.5, 0)
@@ -93,7 +94,7 @@ def interpolation(length: int, size: int, method: str) -> np.ndarray:
 
 
 class Inception(nn.Module):
-  """Images [B, 299, 299, 3] in about [−1, 1] → the features, a dict as that of `features`."""
+  """The network: images [B, 299, 299, 3] in about [−1, 1] → the dict of `features`."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
@@ -122,7 +123,7 @@ class Inception(nn.Module):
 
 
 class Conv(nn.Module):
-  """A convolution with the batch norm that followed it, and relu."""
+  """A convolution, with the batch norm after it folded in, and relu."""
 
   channels: int
   size: int | tuple[int, int]
@@ -141,7 +142,7 @@ class Conv(nn.Module):
 
 
 class BlockA(nn.Module):
-  """35×35: 1×1, 5×5 and twice 3×3 beside each other."""
+  """Branches at 35×35: 1×1, 5×5, twice 3×3, and a pool."""
 
   pool_channels: int
 
@@ -158,7 +159,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-  """35×35 → 17×17."""
+  """Branches from 35×35 to 17×17."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -170,9 +171,9 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-  """17×17: 7×7 as 1×7 and 7×1, once and twice."""
+  """Branches at 17×17: 1×1, 7×7 as 1×7 and 7×1 once and twice, and a pool."""
 
-  inner: int  # channels between the two
+  inner: int  # channels between 1×7 and 7×1
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -189,7 +190,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-  """17×17 → 8×8."""
+  """Branches from 17×17 to 8×8."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -203,7 +204,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-  """8×8: 1×3 and 3×1 side by side."""
+  """Branches at 8×8: 1×1, 3×3 as 1×3 beside 3×1 once and twice, and a pool."""
 
   pool: Callable[[jax.Array], jax.Array]  # `_average` or `_largest`
 
@@ -219,7 +220,7 @@ class BlockE(nn.Module):
 
 
 def _average(x: jax.Array) -> jax.Array:
-  """The mean of each pixel's 3×3 neighbours that are in the image."""
+  """The mean of each pixel's 3×3 neighbours within the image."""
   counts_HxW = np.outer(*(np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3]))
   return nn.pool(x, 0.0, jax.lax.add, (3, 3), (1, 1), "SAME") / counts_HxW.astype(np.float32)[..., None]
 

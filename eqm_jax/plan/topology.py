@@ -1,7 +1,4 @@
-"""TPU slices by name, as devices that programs can be compiled for and that are not there.
-
-libtpu compiles for a slice on any machine: for it, `on_any_machine` says that this one has no TPU, before JAX looks.
-"""
+"""TPU slices by name, as devices to compile for on a machine without them."""
 
 import dataclasses
 import math
@@ -14,7 +11,7 @@ from jax.experimental import topologies
 from eqm_jax import hardware
 
 INSTALL = 'pip install "eqm_jax[plan]"'
-# What libtpu asks of a machine that has no TPU, and leave to be loaded by several processes at once.
+# What libtpu expects of a TPU machine, and leave to be loaded by several processes at once.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -33,25 +30,16 @@ OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice."""
+  """A TPU slice."""
 
-  name: str  # as libtpu has it, "v5e:4x4"
-  product: str  # "v5e-16", or its name where no product has this shape
+  name: str  # libtpu's, "v5e:4x4"
+  product: str  # "v5e-16", or `name` where no product has this shape
   devices: tuple[jax.Device, ...]  # one a chip
   chip: hardware.Chip
 
-  @property
-  def file(self) -> str:
-    """The name without what a file's may not have."""
-    return self.name.replace(":", "_")
-
 
 def on_any_machine():
-  """Settles that this process only compiles. To be called before anything asks JAX for its devices.
-
-  The devices of this machine are then its CPUs, whatever it has; libtpu is told what a TPU machine would tell it,
-  unless the environment says something else.
-  """
+  """Prepares this process to compile for TPUs and to run on CPUs; to be called before JAX looks for devices."""
   jax.config.update("jax_platforms", "cpu")
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
@@ -61,54 +49,49 @@ def open_topologies(names: str) -> list[Topology]:
   """The slices of a list such as "v5e:4x4,v4-32".
 
   Raises:
-    ValueError: for a slice that is not known, naming those that are, and without libtpu.
+    ValueError: for an unknown slice, with the known ones, and without libtpu.
   """
-  given = [name.strip() for name in names.split(",") if name.strip()]
-  if not given:
-    raise ValueError(f"--mode=plan needs --topology=…, one or more of: {_known()}")
-  described = [_described(name) for name in given]
-  _load_libtpu()
-  return [_opened(*one) for one in described]
-
-
-def _described(name: str) -> tuple[str, str, str]:
-  """(the name given, generation, shape)."""
-  found = re.fullmatch(r"(v\d+\w*?)(?::(\d+(?:x\d+)+)|-(\d+))", name)
-  generation = SYNONYMS.get(found[1], found[1]) if found else ""
-  shape = found and (found[2] or SLICES.get(generation, {}).get(int(found[3])))
-  if generation not in SLICES or not shape:
-    raise ValueError(f"--topology={name} is not known: give one or more of {_known()}")
-  return name, generation, shape
-
-
-def _opened(given: str, generation: str, shape: str) -> Topology:
-  name = f"{generation}:{shape}"
-  try:
-    devices = topologies.get_topology_desc(name, "tpu", **OPTIONS.get(generation, {})).devices
-  except jax.errors.JaxRuntimeError as error:
-    reason = str(error).splitlines()[0]
-    raise ValueError(f"--topology={given}: libtpu refuses it ({reason}): give one or more of {_known()}") from error
-  chip, chips = hardware.chip_of(devices[0].device_kind), math.prod(map(int, shape.split("x")))
-  if chip is None or len(devices) != chips:
-    raise ValueError(
-      f"--topology={given}: libtpu has {len(devices)} devices of {devices[0].device_kind!r} for {chips} chips, "
-      "which hardware.py does not know: another version of libtpu may"
-    )
-  product = {chips: f"{generation}-{number}" for number, chips in SLICES[generation].items()}.get(shape, name)
-  return Topology(name, product, tuple(devices), chip)
-
-
-def _load_libtpu():
+  requested = [name.strip() for name in names.split(",") if name.strip()]
+  if not requested:
+    raise ValueError(f"--topology={names} names no TPU slice, and --mode=plan needs --topology={_known()}")
+  described = [(name, *_described(name)) for name in requested]  # all are checked before the first is opened
   try:
     import libtpu
   except ImportError as error:
     raise ValueError(f"--mode=plan compiles with libtpu, which is not installed: {INSTALL}") from error
   os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+  return [_opened(*one) for one in described]
+
+
+def _described(name: str) -> tuple[str, str]:
+  """(generation, shape) of a slice."""
+  match = re.fullmatch(r"(v\d+\w*?)(?::(\d+(?:x\d+)+)|-(\d+))", name)
+  generation = SYNONYMS.get(match[1], match[1]) if match else ""
+  shape = match and (match[2] or SLICES.get(generation, {}).get(int(match[3])))
+  if generation not in SLICES or not shape:
+    raise ValueError(f"--topology={name} is no known TPU slice: give one or more of {_known()}")
+  return generation, shape
+
+
+def _opened(requested: str, generation: str, shape: str) -> Topology:
+  name, chips = f"{generation}:{shape}", math.prod(map(int, shape.split("x")))
+  try:
+    devices = topologies.get_topology_desc(name, "tpu", **OPTIONS.get(generation, {})).devices
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).splitlines()[0]
+    raise ValueError(
+      f"--topology={requested} is refused by libtpu ({reason}): give one or more of {_known()}"
+    ) from error
+  chip = hardware.chip_of(devices[0].device_kind)
+  if chip is None or len(devices) != chips:
+    raise ValueError(
+      f"--topology={requested} gives {len(devices)} devices of {devices[0].device_kind!r}, expected {chips} of a kind "
+      "that hardware.py lists: try another version of libtpu"
+    )
+  products = {shape: f"{generation}-{number}" for number, shape in SLICES[generation].items()}
+  return Topology(name, products.get(shape, name), tuple(devices), chip)
 
 
 def _known() -> str:
-  products = [
-    f"{generation}-{{{','.join(map(str, slices))}}}, {generation}:{next(iter(reversed(slices.values())))} and such"
-    for generation, slices in SLICES.items()
-  ]
-  return "; ".join(products)
+  largest = {name: list(slices.values())[-1] for name, slices in SLICES.items()}
+  return "; ".join(f"{name}-{{{','.join(map(str, SLICES[name]))}}}, {name}:{largest[name]} and such" for name in SLICES)

@@ -1,4 +1,4 @@
-"""What every claim is measured with: models, data, sampling, scores, and the spread over seeds."""
+"""What every claim is measured with: trained models, data, samples, metrics, and verdicts over seeds."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,125 +7,206 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from eqm_jax import devices
+from eqm_jax.checkpoints import manager as checkpoint_manager
+from eqm_jax.checkpoints import pretrained
+from eqm_jax.data import samples as samples_lib
 from eqm_jax.data import sources
-from eqm_jax.equilibrium import field
-from eqm_jax.evaluation import agreement, distances, evaluate, samplers
-from eqm_jax.report.runs import EXPECTED, Runs, Trained
-from eqm_jax.training import state
+from eqm_jax.equilibrium import sampler
+from eqm_jax.evaluation import evaluator, metrics
+from eqm_jax.evaluation.features import PixelClassifier
+from eqm_jax.sampling import labels
+from eqm_jax.sampling.generator import Generator, Samples
+from eqm_jax.training import state, train, validation
 
 HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
-LAMBDA = EXPECTED["objective.schedule.multiplier"]  # of report.step_size; a field with another λ gets η·LAMBDA/λ
+# What the claims presuppose of the config.
+EXPECTED: dict[str, Any] = {
+  "objective.kind": "equilibrium",
+  "objective.schedule.kind": "truncated",
+  "objective.schedule.a": 0.8,
+  "objective.schedule.multiplier": 4.0,
+  "objective.clean_fraction": 0.0,
+  "model.energy": "none",
+  "model.time_input": False,
+  "data.options.part": "train",  # the part "test" is held out
+}
+MULTIPLIER = EXPECTED["objective.schedule.multiplier"]  # λ that report.step_size is for
+# The models, and how their configs differ from it; everything else is the same for all.
+MODELS: dict[str, dict[str, Any]] = {
+  "eqm": {},
+  "flow_matching": {"objective.kind": "flow_matching", "model.time_input": True},
+  "flow_matching_untimed": {"objective.kind": "flow_matching"},
+  "linear": {"objective.schedule.kind": "linear"},
+  "piecewise": {"objective.schedule.kind": "piecewise"},
+  "lambda_1": {"objective.schedule.multiplier": 1.0},
+  "lambda_2": {"objective.schedule.multiplier": 2.0},
+  "lambda_8": {"objective.schedule.multiplier": 8.0},
+  "dot": {"model.energy": "dot"},
+  "scalar": {"model.energy": "scalar"},
+  "l2": {"model.energy": "l2"},  # initialised with the parameters of "eqm"
+}
+
+
+class Preempted(Exception):
+  """SIGTERM stopped a training, which has saved its state."""
+
+
+class Models:
+  """The models of a report, under WORKDIR/models; each is trained once for each seed, on first use."""
+
+  def __init__(self, config: ml_collections.ConfigDict, workdir: str):
+    self._config, self._workdir = config, workdir
+    self._loaded: dict[tuple[str, int], pretrained.Pretrained] = {}
+
+  def config(self, name: str, seed: int) -> ml_collections.ConfigDict:
+    """The config of a model."""
+    config = self._config.copy_and_resolve_references()
+    config.seed = seed
+    config.update_from_flattened_dict(MODELS[name])
+    if name == "l2":
+      config.train.init_from = self.directory("eqm", seed)
+    return config
+
+  def directory(self, name: str, seed: int) -> str:
+    """The workdir of a model."""
+    return os.path.join(self._workdir, "models", f"{name}-{seed}")
+
+  def is_trained(self, name: str, seed: int) -> bool:
+    """Whether the training of a model has finished."""
+    return self._config.train.steps in checkpoint_manager.steps(self.directory(name, seed))
+
+  def load(self, name: str, seed: int) -> pretrained.Pretrained:
+    """A model with its averaged weights, trained if necessary.
+
+    Raises:
+      Preempted: if SIGTERM comes before the training ends.
+    """
+    if (name, seed) not in self._loaded:
+      config, directory = self.config(name, seed), self.directory(name, seed)
+      if name == "l2":
+        self.load("eqm", seed)
+      if self.is_trained(name, seed):
+        validation.check_same_run(directory, config)
+      elif not train.train(config, directory):
+        raise Preempted
+      self._loaded[name, seed] = pretrained.load(directory)
+    return self._loaded[name, seed]
 
 
 class Lab:
-  """The report's instruments.
-
-  Samples are drawn once: asking again for the same ones gives those from memory.
-  """
+  """Models, data, samples and metrics of a report. Samples are kept in memory and not drawn again."""
 
   def __init__(self, config: ml_collections.ConfigDict, workdir: str):
-    self.options, self.directory = config.report, os.path.join(workdir, "figures")
-    os.makedirs(self.directory, exist_ok=True)
-    self.seeds = range(config.report.seeds)
-    self.models = Runs(config, workdir)
+    self.options, self._directory = config.report, os.path.join(workdir, "figures")
+    os.makedirs(self._directory, exist_ok=True)
+    self.seeds = range(self.options.seeds)
+    self.models = Models(config, workdir)
     self._row = next(iter(config.samplers.values()))
     self.train = sources.open_source(config.data.source, {**config.data.options})
-    self.held_out = sources.open_source(config.data.source, {**config.data.options, "part": "test"})
-    self.real = self.train.images
-    self.classifier = agreement.Classifier(self.real, self.train.labels)
-    self.label_N = samplers.balanced_labels(config.report.samples, self.train.num_classes)
-    self._drawn: dict[Any, samplers.Drawn] = {}
+    held_out = sources.open_source(config.data.source, {**config.data.options, "part": "test"})
+    index = samples_lib.spread(held_out, self.options.num_held_out)
+    self.held_out_images = samples_lib.arrays(held_out, index, config.data.threads)
+    self.held_out_labels = held_out.labels[index]
+    self.images = samples_lib.arrays(self.train, range(len(self.train)), config.data.threads)
+    self.classifier = PixelClassifier(self.images, self.train.labels)
+    self.labels = labels.parse("report", "balanced", self.options.num_samples, self.train.num_classes)
+    self._generators: dict[tuple[str, int], Generator] = {}
+    self._samples: dict[Any, Samples] = {}
 
-  def row(self, trained: Trained, **changes: Any) -> ml_collections.ConfigDict:
-    """A row of the samplers: by default a full descent in lockstep, or for flow matching Euler."""
-    row = self._row.copy_and_resolve_references()
-    row.update(
-      rule="euler" if trained.config.objective.kind == "flow_matching" else "gd",
-      step_size=self.options.step_size * LAMBDA / self.multiplier(trained),
-      momentum=0.0,
-      max_evaluations=self.options.evaluations,
-      threshold=0.0,
-      streaming=False,
-    )
-    row.update(changes)
-    return row
+  def path(self, file: str) -> str:
+    """Path of a figure."""
+    return os.path.join(self._directory, file)
 
-  def field(self, trained: Trained) -> field.ConditionalField:
-    """The field of a model, on this process's devices."""
-    params = devices.replicate(trained.params)
-    return field.conditional_field(trained.model, params)
+  def row(self, name: str, **changes: Any) -> ml_collections.ConfigDict:
+    """A sampler row for a model: by default a full descent by static batching, or Euler for flow matching."""
+    config = self.models.config(name, 0)
+    defaults = {
+      "rule": "euler" if config.objective.kind == "flow_matching" else "gd",
+      "step_size": self.options.step_size * MULTIPLIER / evaluator.schedule_of(config).multiplier,
+      "momentum": 0.0,
+      "max_nfe": self.options.max_nfe,
+      "threshold": None,
+      "batching": "static",
+    }
+    return ml_collections.ConfigDict({**self._row.to_dict(), **defaults, **changes})
 
-  def multiplier(self, trained: Trained) -> float:
-    """λ of a model."""
-    return evaluate.schedule_of(trained.config).multiplier
+  def generator(self, name: str, seed: int) -> Generator:
+    """The generator of a model, with the random key of its seed."""
+    if (name, seed) not in self._generators:
+      loaded = self.models.load(name, seed)
+      self._generators[name, seed] = Generator(
+        model=loaded.model,
+        params=loaded.params,
+        key=state.stream_key(seed, "samples"),
+        batch_size=self.options.batch_size,
+        multiplier=evaluator.schedule_of(self.models.config(name, seed)).multiplier,
+      )
+    return self._generators[name, seed]
 
-  def batching(self, trained: Trained) -> samplers.Batching:
-    """How samples of a model are drawn: with keys of its own seed."""
-    key = state.stream_key(trained.seed, "samples")
-    return samplers.Batching(self.options.batch_size, key, self.multiplier(trained))
-
-  def sample(self, name: str, seed: int, again: bool = False, **changes: Any) -> samplers.Drawn:
-    """Samples of one model, one for each of `label_N`; `again` draws them even if they are known."""
+  def sample(self, name: str, seed: int, again: bool = False, **changes: Any) -> Samples:
+    """Samples of a model with `labels`; `again` repeats a sampling that was done before."""
     key = (name, seed, *sorted(changes.items()))
-    if again or key not in self._drawn:
-      trained = self.models(name, seed)
-      row = self.row(trained, **changes)
-      self._drawn[key] = samplers.draw(name, row, trained.model, trained.params, self.label_N, self.batching(trained))
-    return self._drawn[key]
+    if again or key not in self._samples:
+      self._samples[key] = self.generator(name, seed).samples(name, self.row(name, **changes), self.labels)
+    return self._samples[key]
 
-  def scores(self, name: str, seed: int, **changes: Any) -> dict[str, float]:
-    """Fréchet distance to the training images, and label agreement."""
-    x = self.sample(name, seed, **changes).result.x
-    return {"frechet": self.frechet(x), "agreement": self.agreement(x, self.label_N)}
+  def descend(self, name: str, seed: int, start: np.ndarray, labels: np.ndarray, **changes: Any) -> sampler.Result:
+    """Descents from the images `start`, by static batching."""
+    generator, row = self.generator(name, seed), self.row(name, **changes)
+    field = generator.field(row)
 
-  def over_seeds(self, name: str, **changes: Any) -> dict[str, list[float]]:
-    """The scores of every seed."""
-    found = [self.scores(name, seed, **changes) for seed in self.seeds]
-    return {score: [one[score] for one in found] for score in found[0]}
+    def descend_batch(index):
+      start_B, labels_B, index_B = generator.shard((start[index], labels[index], index))
+      return generator.descend(row, start_B, field.bind(labels_B), index=index_B)
 
-  def evaluations(self, name: str, **changes: Any) -> str:
-    """The mean number of evaluations of a sample, as it was measured."""
-    drawn = [self.sample(name, seed, **changes) for seed in self.seeds]
-    return f"{np.mean([one.result.evaluations_B.mean() for one in drawn]):.0f}"
+    return generator.in_batches(name, descend_batch, len(start))
+
+  def metrics(self, name: str, **changes: Any) -> dict[str, list[float]]:
+    """Fréchet distance and classifier accuracy of samples, one number for each seed."""
+    images = [self.sample(name, seed, **changes).result.x for seed in self.seeds]
+    return {
+      "frechet": [self.frechet(x) for x in images],
+      "accuracy": [self.classifier.accuracy(np.nan_to_num(np.clip(x, -1, 1)), self.labels) for x in images],
+    }
+
+  def nfe(self, name: str, **changes: Any) -> list[float]:
+    """Mean NFE of samples, one number for each seed."""
+    return [float(self.sample(name, seed, **changes).result.nfe.mean()) for seed in self.seeds]
 
   def frechet(self, images: np.ndarray) -> float:
-    """To the training images, in pixels; infinite if an image is not finite."""
+    """Fréchet distance to the training images, in pixels; infinite if an image is not finite."""
     images = np.clip(images, -1, 1).reshape(len(images), -1)
     if not np.all(np.isfinite(images)):
       return float("inf")
-    return distances.frechet_distance(images, self.real.reshape(len(self.real), -1))
-
-  def agreement(self, images: np.ndarray, labels: np.ndarray) -> float:
-    """How often the classifier sees the class that was asked for."""
-    return self.classifier.agreement(np.nan_to_num(np.clip(images, -1, 1)), labels)
+    return metrics.frechet_distance(images, self.images.reshape(len(self.images), -1))
 
 
-def ahead(ours: Sequence[float], theirs: Sequence[float]) -> str:
-  """Whether `ours` are lower than `theirs`: by more than the spread of both, within it, or not.
+def lower(ours: Sequence[float], theirs: Sequence[float]) -> str:
+  """Verdict on `ours` being lower than `theirs`: by more than the spread of both, within it, or not.
 
-  One seed has no spread to judge by: then the best verdict is "holds in part".
+  One seed has no spread: then the best verdict is "holds in part".
   """
-  if not np.all(np.isfinite([*ours, *theirs])):  # a distance of samples that ran away
+  if not np.all(np.isfinite([*ours, *theirs])):  # the distance of samples that diverged
     return HOLDS if np.all(np.isfinite(ours)) else FAILS
   gap = np.mean(theirs) - np.mean(ours)
   if gap <= 0:
     return FAILS
-  return HOLDS if min(len(ours), len(theirs)) > 1 and gap > np.hypot(deviation(ours), deviation(theirs)) else PARTLY
+  has_spread = min(len(ours), len(theirs)) > 1
+  return HOLDS if has_spread and gap > np.hypot(deviation(ours), deviation(theirs)) else PARTLY
 
 
-def jointly(verdicts: Sequence[str]) -> str:
-  """The verdict of a claim that needs every part: one part that fails is enough to fail."""
-  return FAILS if FAILS in verdicts else in_parts(verdicts)
+def all_of(verdicts: Sequence[str]) -> str:
+  """Verdict on a claim that needs every part: one that fails is enough to fail."""
+  return FAILS if FAILS in verdicts else some_of(verdicts)
 
 
-def in_parts(verdicts: Sequence[str]) -> str:
-  """The verdict of a claim whose parts count by themselves: it holds in part where some do."""
+def some_of(verdicts: Sequence[str]) -> str:
+  """Verdict on a claim of independent parts: it holds in part where some of them do."""
   return verdicts[0] if len(set(verdicts)) == 1 else PARTLY
 
 
 def deviation(values: Sequence[float]) -> float:
-  """The standard deviation over seeds, as estimated from these; 0 of one."""
+  """Sample standard deviation over seeds; 0 for one seed."""
   return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
@@ -134,4 +215,6 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
   return f"{np.mean(values):.{digits}f} ± {deviation(values):.{digits}f}"
 
 
+# A claim measures, draws its figures, and returns what the page shows: criterion, verdict, columns, rows, figures
+# {file: caption}, notes (if any) and numbers. Title and what the paper says are in the config.
 Claim = Callable[[Lab], dict[str, Any]]

@@ -1,9 +1,12 @@
-"""The report as one HTML page."""
+"""The report as one HTML page, and its diagrams: means over seeds, with the spread as a band or as dots."""
 
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from eqm_jax import plotting
 from eqm_jax.report.lab import FAILS, HOLDS, PARTLY
 
 COLOURS = {HOLDS: "#2a7d2a", PARTLY: "#a86f00", FAILS: "#b02a2a"}
@@ -16,46 +19,43 @@ figure { margin: 1em 0; } figcaption { font-size: 14px; color: #555; }
 code { background: #f2f2f2; padding: .1em .3em; overflow-wrap: anywhere; }
 .verdict { font-weight: bold; white-space: nowrap; }
 """
+SIZE, DPI = (6.4, 3.4), 110  # of a diagram, in inches
 
 
-def page(claims: Mapping[str, dict[str, Any]], facts: Mapping[str, str]) -> str:
+def page(title: str, description: str, facts: Mapping[str, str], claims: Mapping[str, dict[str, Any]]) -> str:
   """The page of all claims measured so far.
 
   Args:
-    claims: what each claim function returned, by its name.
-    facts: what holds for all of them: command, device, data, ...
+    title, description: of the page.
+    facts: what holds for all claims: command, device, data, ...
+    claims: by name, with `title` and `paper` beside what a claim function returns.
   """
   summary = [
     [f'<a href="#{name}">{html.escape(claim["title"])}</a>', _verdict(claim["verdict"])]
     for name, claim in claims.items()
   ]
-  return "\n".join(
-    [
-      "<!doctype html>",
-      '<html lang="en"><head><meta charset="utf-8">',
-      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-      f"<title>Equilibrium Matching on digits</title><style>{STYLE}</style></head><body>",
-      "<h1>What the paper claims, measured on handwritten digits</h1>",
-      "<p>Each claim of the Equilibrium Matching paper beside what was measured here, on a small network and "
-      "small pictures. A claim that does not hold here may well hold on ImageNet, and the other way round. "
-      "Whether it holds is decided by the criterion given with it, not by hand; a claim of several parts holds in "
-      "part where only some do, or where a difference lies within the spread of the seeds.</p>",
-      _table(["", ""], [[html.escape(key), html.escape(value)] for key, value in facts.items()]),
-      _table(["claim", "here"], summary),
-      *(_section(name, claim) for name, claim in claims.items()),
-      "</body></html>\n",
-    ]
-  )
+  parts = [
+    "<!doctype html>",
+    '<html lang="en"><head><meta charset="utf-8">',
+    '<meta name="viewport" content="width=device-width, initial-scale=1">',
+    f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
+    f"<h1>{html.escape(title)}</h1>",
+    f"<p>{html.escape(description)}</p>",
+    _table([], [[html.escape(key), html.escape(value)] for key, value in facts.items()]),
+    _table(["claim", "here"], summary),
+    *(_section(name, claim) for name, claim in claims.items()),
+    "</body></html>\n",
+  ]
+  return "\n".join(parts)
 
 
 def _section(name: str, claim: dict[str, Any]) -> str:
+  cells = [[html.escape(cell) for cell in row] for row in (claim["columns"], *claim["rows"])]
   parts = [
     f'<h2 id="{name}">{html.escape(claim["title"])}</h2>',
     f"<p><b>Paper.</b> {html.escape(claim['paper'])}</p>",
     f"<p><b>Here.</b> {_verdict(claim['verdict'])}. <i>Criterion:</i> {html.escape(claim['criterion'])}</p>",
-    _table(
-      [html.escape(name) for name in claim["columns"]], [[html.escape(cell) for cell in row] for row in claim["rows"]]
-    ),
+    _table(cells[0], cells[1:]),
     *(f"<p>{html.escape(note)}</p>" for note in claim.get("notes", ())),
   ]
   for file, caption in claim["figures"].items():
@@ -70,8 +70,48 @@ def _verdict(verdict: str) -> str:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """A table of cells that are HTML already."""
-  lines = ["<table>"]
-  if any(columns):
-    lines.append("<tr>" + "".join(f"<th>{cell}</th>" for cell in columns) + "</tr>")
+  lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in columns) + "</tr>"] if columns else []
   lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-  return "\n".join([*lines, "</table>"])
+  return "\n".join(["<table>", *lines, "</table>"])
+
+
+def plot_lines(path: str, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], **axes: Any):
+  """One line with a band for each curve, [X][seeds]; `axes` are settings such as xlabel="λ" and xscale="log"."""
+  figure, panel = plotting.figure(*SIZE)
+  for name, values in curves.items():
+    values_XxS = np.asarray(values, np.float64)
+    mean, deviation = values_XxS.mean(axis=1), values_XxS.std(axis=1)
+    (line,) = panel.plot(x, mean, marker="o", markersize=4, label=name)
+    panel.fill_between(x, mean - deviation, mean + deviation, alpha=0.2, color=line.get_color())
+  panel.set(**axes)
+  panel.set_xticks(list(x), [f"{value:g}" for value in x])
+  panel.minorticks_off()
+  panel.legend()
+  figure.savefig(path, dpi=DPI)
+
+
+def plot_bars(path: str, bars: Mapping[str, Sequence[float]], *, xlabel: str):
+  """One bar for each name: the mean over seeds, and a dot for every seed."""
+  figure, panel = plotting.figure(*SIZE)
+  panel.barh(list(bars), [np.mean(values) for values in bars.values()], color="tab:blue", alpha=0.5)
+  for position, values in enumerate(bars.values()):
+    panel.plot(values, [position] * len(values), "k.", markersize=5)
+  panel.invert_yaxis()
+  panel.set(xlabel=xlabel)
+  figure.savefig(path, dpi=DPI)
+
+
+def plot_histogram(
+  path: str, groups: Mapping[str, np.ndarray], *, xlabel: str, lines: Mapping[str, float] | None = None
+):
+  """Distributions over each other, and vertical lines."""
+  figure, panel = plotting.figure(*SIZE)
+  low = min(values.min() for values in groups.values())
+  high = max(max(values.max() for values in groups.values()), low + 1e-6)  # also where all values are the same
+  for name, values in groups.items():
+    panel.hist(values, bins=np.linspace(low, high, 40), alpha=0.5, density=True, label=name)
+  for name, value in (lines or {}).items():
+    panel.axvline(value, color="black", linestyle="--", label=name)
+  panel.set(xlabel=xlabel, ylabel="fraction", yticks=[])
+  panel.legend()
+  figure.savefig(path, dpi=DPI)

@@ -1,7 +1,7 @@
 """Where arrays live: one mesh, and a short ordered table from parameter paths to axes.
 
 Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor`
-splits the parameters within a layer. The network says the same of its activations
+splits the parameters within a layer. The network constrains its activations in the same way
 (networks.dit).
 """
 
@@ -15,7 +15,9 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from eqm_jax.checks import one_of
 from eqm_jax.networks.dit import SAMPLES, WITHIN_LAYER
+from eqm_jax.trees import path_name
 
 BATCH = SAMPLES
 AXES = (*SAMPLES, WITHIN_LAYER)
@@ -33,7 +35,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
   sizes = [data, fsdp, tensor]
   described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
   if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-    raise ValueError(f"mesh {described}: sizes are positive, and at most one is -1 for the rest")
+    raise ValueError(f"mesh {described}: sizes must be positive, and at most one -1 for the rest")
   if -1 in sizes:
     sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size > 0))
   if math.prod(sizes) != len(devices):
@@ -41,49 +43,51 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
     raise ValueError(
       f"mesh {described} needs {math.prod(sizes)} devices{multiple}, but there are {len(devices)}: set config.mesh"
     )
-  # Auto axes: jax.make_mesh would default to Explicit ones, which linen does not know.
+  # Auto axes: jax.make_mesh would default to Explicit ones, which linen does not support.
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def batch_sharding(mesh: Mesh, batch_size: int, parts: int = 1) -> NamedSharding:
+def batch_sharding(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> NamedSharding:
   """The leading axis over `data` and `fsdp`.
 
   Args:
+    mesh: from `make_mesh`.
     batch_size: samples in one step.
-    parts: of the batch, one after another (train.accumulate).
+    grad_accum_steps: microbatches that a step computes one after another.
 
   Raises:
     ValueError: if the batch does not divide.
   """
-  ways = math.prod(mesh.shape[axis] for axis in BATCH)
-  if batch_size % (ways * parts):
-    accumulated = f" in {parts} parts (train.accumulate)" if parts > 1 else ""
+  num_shards = math.prod(mesh.shape[axis] for axis in BATCH)
+  multiple = num_shards * grad_accum_steps
+  if batch_size % multiple:
+    microbatches = f" in {grad_accum_steps} microbatches (train.grad_accum_steps)" if grad_accum_steps > 1 else ""
     raise ValueError(
-      f"batch size {batch_size} does not divide over {ways} devices (data × fsdp){accumulated}: "
-      f"use a multiple of {ways * parts}"
+      f"batch size {batch_size} does not divide over {num_shards} devices (data × fsdp){microbatches}: "
+      f"use a multiple of {multiple}"
     )
   return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def rows_here(placed: NamedSharding, batch_size: int) -> np.ndarray:
+def local_rows(placed: NamedSharding, batch_size: int) -> np.ndarray:
   """The rows of the global batch that this process's devices hold, ascending.
 
-  They need be no range, nor others than another process's: where devices lie in a mesh depends on the machine, and
-  along `tensor` all have the same.
+  They may have gaps, and several processes may hold the same rows: the order of devices in a mesh depends on the
+  machine, and along `tensor` all devices hold the same rows.
   """
   held = placed.addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
-def place_rows(placed: NamedSharding, batch_size: int, rows: np.ndarray, array: np.ndarray) -> jax.Array:
-  """The global array [batch_size, ...] of which this process has these `rows`, all that its devices hold."""
+def global_array(placed: NamedSharding, batch_size: int, rows: np.ndarray, array: np.ndarray) -> jax.Array:
+  """The global array [batch_size, ...], from the `rows` that this process's devices hold."""
 
-  def part(index):
+  def shard(index):
     first, last, _ = index[0].indices(batch_size)
     begin = np.searchsorted(rows, first)
     return array[begin : begin + last - first]
 
-  return jax.make_array_from_callback((batch_size, *array.shape[1:]), placed, part)
+  return jax.make_array_from_callback((batch_size, *array.shape[1:]), placed, shard)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -99,7 +103,7 @@ def tree_shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
 
   Args:
     shapes: a tree of arrays or ShapeDtypeStructs.
-    rules: ordered (regex, axis name or None for each array axis; none at all: the array is on every device).
+    rules: ordered (regex, axis name or None for each array axis; an empty tuple replicates the array).
     mesh: from `make_mesh`.
 
   Raises:
@@ -117,12 +121,11 @@ def state_shardings(shapes: Any, options: ml_collections.ConfigDict, mesh: Mesh)
   Raises:
     ValueError: as `tree_shardings`, and if `ema` is not one of `EMA`.
   """
-  if options.ema not in EMA:
-    raise ValueError(f"sharding.ema = {options.ema!r} is not one of {', '.join(EMA)}")
+  one_of("sharding.ema", options.ema, EMA)
   shardings = tree_shardings(shapes, options.rules, mesh)
   if options.ema == "parameters":
     return shardings
-  # Nothing but its own update reads the average, so no device needs what another has.
+  # Only its own update reads the average, so no device needs another's shard.
   return shardings.replace(
     ema_params=jax.tree.map(
       lambda leaf, placed: NamedSharding(mesh, _also_over_data(leaf.shape, placed.spec, mesh)),
@@ -133,7 +136,7 @@ def state_shardings(shapes: Any, options: ml_collections.ConfigDict, mesh: Mesh)
 
 
 def table(shapes: Any, shardings: Any) -> str:
-  """One line for each array: its path, its axes, and what a device holds of it."""
+  """One line for each array: its path, its mesh axes, and its size on one device."""
   rows = []
   for (path, leaf), placed in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings)):
     size = held(leaf, placed)
@@ -143,14 +146,9 @@ def table(shapes: Any, shardings: Any) -> str:
 
 
 def held(shapes: Any, shardings: Any) -> int:
-  """Bytes that one device holds of a tree, without what fills up tiles."""
+  """Bytes of a tree on one device, without the padding of tiles."""
   leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings))
   return sum(math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, placed in leaves)
-
-
-def path_name(path: tuple) -> str:
-  """A tree path as "params/blocks/qkv/kernel"."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _spec(path: tuple, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:

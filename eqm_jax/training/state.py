@@ -1,5 +1,6 @@
-"""The training state, arrays only, and the optimizer that moves it."""
+"""The training state, arrays only, and the optimizer that updates it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,16 +10,17 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from eqm_jax.checks import at_least, in_interval, one_of
 from eqm_jax.networks.dit import DiT
 
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a training step reads and writes."""
+  """Everything that a training step reads and writes."""
 
-  step: jax.Array  # int32, updates done
+  step: jax.Array  # int32, number of updates so far
   params: Any
-  ema_params: Any  # exponential moving average of params, started at them
+  ema_params: Any  # exponential moving average of params, which it starts at
   opt_state: Any
 
 
@@ -27,7 +29,7 @@ STREAMS = {"parameters": 0, "steps": 1, "samples": 2}
 
 
 def stream_key(seed: int, purpose: str) -> jax.Array:
-  """The root key of one purpose of a seed; a step or a sample index is folded into it."""
+  """The root key for one purpose; a step or a sample index is folded into it."""
   return jax.random.fold_in(jax.random.key(seed), STREAMS[purpose])
 
 
@@ -50,12 +52,9 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, steps: int) -> Cal
     ValueError: for an unknown schedule or a warm-up longer than the run.
   """
   peak, warmup = config.learning_rate, config.warmup_steps
-  if not peak > 0:
-    raise ValueError(f"optimizer.learning_rate = {peak} must be positive")
-  if not 0 <= warmup <= steps:
-    raise ValueError(f"optimizer.warmup_steps = {warmup} must lie between 0 and train.steps = {steps}")
-  if config.schedule not in ("constant", "cosine"):
-    raise ValueError(f"optimizer.schedule = {config.schedule!r} is neither 'constant' nor 'cosine'")
+  in_interval("optimizer.learning_rate", peak, 0, math.inf, open_low=True, open_high=True)
+  in_interval("optimizer.warmup_steps", warmup, 0, steps, remedy="train.steps is the longest warm-up")
+  one_of("optimizer.schedule", config.schedule, ("constant", "cosine"))
   rest = optax.constant_schedule(peak)
   if config.schedule == "cosine":
     rest = optax.cosine_decay_schedule(peak, max(1, steps - warmup))
@@ -63,24 +62,31 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, steps: int) -> Cal
 
 
 def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-  """AdamW, after clipping of the gradient's global norm where `clip_norm` is above 0.
+  """AdamW, after clipping of the gradient's global norm if `clip_norm` is a number.
 
-  With `skip_nonfinite` a gradient that is not finite changes no parameter, until more than so many follow each
-  other; the average goes on towards the parameters as they are.
+  With `max_skipped_batches` a gradient that is not finite changes no parameter, until more than so many follow each
+  other; the average still moves towards the parameters.
+
+  Raises:
+    ValueError: naming the key and the value.
   """
-  adamw = optax.adamw(
+  if config.clip_norm is not None:
+    remedy = "or None for no clipping"
+    in_interval("optimizer.clip_norm", config.clip_norm, 0, math.inf, open_low=True, open_high=True, remedy=remedy)
+  remedy = "with 0 the first gradient that is not finite stops the run"
+  at_least("optimizer.max_skipped_batches", config.max_skipped_batches, 0, remedy)
+  optimizer = optax.adamw(
     learning_rate_schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
   )
-  if config.clip_norm < 0:
-    raise ValueError(f"optimizer.clip_norm = {config.clip_norm} must not be negative (0: no clipping)")
-  if config.skip_nonfinite < 0:
-    raise ValueError(f"optimizer.skip_nonfinite = {config.skip_nonfinite} must not be negative (0: none is skipped)")
-  optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
-  return optax.apply_if_finite(optimizer, config.skip_nonfinite) if config.skip_nonfinite else optimizer
+  if config.clip_norm is not None:
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+  if config.max_skipped_batches:
+    optimizer = optax.apply_if_finite(optimizer, config.max_skipped_batches)
+  return optimizer
 
 
-def skipped(opt_state: optax.ApplyIfFiniteState) -> jax.Array:
-  """How many batches the run has skipped, with optimizer.skip_nonfinite."""
+def skipped_batches(opt_state: optax.ApplyIfFiniteState) -> jax.Array:
+  """Number of batches that a run with optimizer.max_skipped_batches has skipped."""
   return opt_state.total_notfinite
 
 

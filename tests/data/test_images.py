@@ -97,10 +97,10 @@ def test_missing_and_damaged_files_are_named(tmp_path):
   with pytest.raises(ValueError, match="empty: the folder holds no image"):
     images.read(str(tmp_path / "empty"), SHAPE, 9)
   (tmp_path / "half.npz").write_bytes(b"PK\x03\x04 and no more")
-  with pytest.raises(ValueError, match="half.npz: not a whole .npz"):
+  with pytest.raises(ValueError, match="half.npz: not a complete .npz"):
     images.read(str(tmp_path / "half.npz"), SHAPE, 9)
   Image.effect_noise((64, 64), 50).save(tmp_path / "empty" / "cut.jpg")
   whole = (tmp_path / "empty" / "cut.jpg").read_bytes()
   (tmp_path / "empty" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(ValueError, match="cut.jpg: not a whole image"):
+  with pytest.raises(ValueError, match="cut.jpg: not a complete image"):
     images.read(str(tmp_path / "empty"), SHAPE, 9)

@@ -9,7 +9,7 @@ from eqm_jax.data import latents, pipeline, samples
 
 
 def numbered(count: int) -> samples.Images:
-  """Images whose left column and label tell their number."""
+  """Images whose left column and label are their number."""
   images = np.zeros((count, 2, 2, 1), np.float32)
   images[:, :, 0, 0] = np.arange(count)[:, None]
   return samples.Images(images, np.arange(count), num_classes=count)
@@ -79,7 +79,7 @@ def test_rows_need_be_no_range():
     np.testing.assert_array_equal(labels(pipeline.batches(numbered(10), **OPTIONS, rows=rows), 7), whole[:, rows])
 
 
-def test_a_saved_position_goes_on_in_the_middle_of_an_epoch():
+def test_a_saved_position_continues_in_the_middle_of_an_epoch():
   iterator = pipeline.batches(numbered(10), **{**OPTIONS, "flip": True})
   for _ in range(3):
     next(iterator)
@@ -100,7 +100,7 @@ def test_half_of_the_images_are_mirrored():
 
 
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 2)])
-def test_another_number_of_processes_goes_on_in_the_middle_of_an_epoch(before, after):
+def test_another_number_of_processes_continues_in_the_middle_of_an_epoch(before, after):
   def streams(count):
     return [pipeline.batches(numbered(10), **OPTIONS, rows=share(p, count)) for p in range(count)]
 
@@ -116,7 +116,7 @@ def test_another_number_of_processes_goes_on_in_the_middle_of_an_epoch(before, a
   np.testing.assert_array_equal(np.concatenate([labels(stream, 5) for stream in second], axis=1), whole[3:])
 
 
-def test_batches_are_placed_ahead_and_the_position_is_that_of_what_was_taken():
+def test_batches_are_placed_ahead_and_the_position_is_that_of_the_last_batch_taken():
   placed = []
 
   def place(batch):
@@ -138,28 +138,28 @@ def test_moments_come_from_either_side(tmp_path):
   source = latents.Latents(str(tmp_path))
   sides = collections.Counter()
   iterator = pipeline.batches(source, **{**OPTIONS, "flip": True})
-  known = {source[i]["mean"][side].tobytes(): (i, side) for i in range(len(source)) for side in range(2)}
+  positions = {source[i]["mean"][side].tobytes(): (i, side) for i in range(len(source)) for side in range(2)}
   for _ in range(20):
     batch = next(iterator)
     for mean, logvar, label in zip(batch["mean"], batch["logvar"], batch["label"]):
-      index, side = known[mean.tobytes()]
+      index, side = positions[mean.tobytes()]
       np.testing.assert_array_equal(logvar, source[index]["logvar"][side])
       assert label == source.labels[index]
       sides[side] += 1
   assert min(sides.values()) > 20
   batch = next(pipeline.batches(source, **OPTIONS))
-  assert all(known[mean.tobytes()][1] == 0 for mean in batch["mean"])
+  assert all(positions[mean.tobytes()][1] == 0 for mean in batch["mean"])
 
 
-def test_what_cannot_be_is_refused():
+def test_labels_outside_the_classes_are_refused():
   source = OneByOne(numbered(10))
-  source.num_classes = 9  # as of a data set whose labels nobody has seen before
-  with pytest.raises(ValueError, match="sample 9 has label 9, but num_classes = 9"):
+  source.num_classes = 9  # as of a data set whose labels were not read before
+  with pytest.raises(ValueError, match="sample 9 has label 9, but num_classes = 9: labels are 0"):
     labels(pipeline.batches(source, **OPTIONS), 5)
 
 
 @pytest.mark.slow  # starts processes
-def test_workers_read_the_same_batches_and_go_on_where_they_were():
+def test_workers_read_the_same_batches_and_continue_from_their_position():
   iterator = pipeline.batches(numbered(10), **OPTIONS, workers=2)
   again = pipeline.batches(numbered(10), **OPTIONS, workers=2)
   first = labels(iterator, 3)

@@ -39,14 +39,16 @@ def test_photographs_are_cut_into_patches():
 @pytest.mark.parametrize(
   "name, options, message",
   [
-    ("imagenet", {}, "'imagenet' is not known: choose one of digits, mnist, photographs, plane, folder, tfds, npz, la"),
-    ("digits", {"part": "half"}, "data.options.part = 'half' is not one of all, train, test"),
-    ("mnist", {"size": 7}, "size = 7 is neither 14 nor 28"),
-    ("photographs", {"size": 300, "shrink": 2}, "must fit into a photograph"),
-    ("plane", {"kind": "three_moons"}, "'three_moons' is not known"),
-    ("folder", {"file": "a"}, "which takes: path, size, channels"),
+    ("imagenet", {}, "'imagenet' must be one of digits, mnist, photographs, plane, folder, tfds, npz, latents"),
+    ("digits", {"part": "half"}, "data.options.part = 'half' must be one of all, train, test"),
+    ("mnist", {"size": 7}, "data.options.size = 7 must be one of 14, 28"),
+    ("photographs", {"size": 300, "shrink": 2}, r"data.options.size = 300 must be in \[1, 213\]: photographs are"),
+    ("photographs", {"stride": 0}, "data.options.stride = 0 must be at least 1"),
+    ("plane", {"kind": "three_moons"}, "'three_moons' must be one of two_moons, eight_gaussians, checkerboard"),
+    ("plane", {"kind": "two_moons", "count": 0}, "data.options.count = 0 must be at least 1"),
+    ("folder", {"file": "a"}, "it takes path, size, channels"),
   ],
 )
-def test_what_is_not_known_is_refused(name, options, message):
+def test_unknown_names_and_options_are_refused(name, options, message):
   with pytest.raises(ValueError, match=message):
     sources.open_source(name, options)

@@ -47,25 +47,25 @@ def test_the_field_is_the_gradient_of_the_energy(landscape):
   model, params, x = landscape
   energy_fn = eqm_jax.energy(model, params, LABELS)
   assert apply(energy_fn, x).shape == (3,)
-  f = apply(eqm_jax.energy_field(model, params, LABELS), x)
+  f = apply(eqm_jax.field(model, params, LABELS), x)
   # By differences along the gradient: no derivative is trusted.
   step = 1e-3 * f / jnp.linalg.norm(f)
   rise_B = apply(energy_fn, x + step) - apply(energy_fn, x - step)
   np.testing.assert_allclose(rise_B, 2 * jnp.sum(f * step, axis=(1, 2, 3)), rtol=0.05)
 
 
-def test_sampling_follows_the_gradient_and_not_the_answer(landscape):
+def test_sampling_follows_the_gradient_and_not_the_output(landscape):
   model, params, x = landscape
-  field_fn, energy_fn = (make(model, params, LABELS) for make in (eqm_jax.energy_field, eqm_jax.energy))
-  result = eqm_jax.descend(field_fn, x, step_size=1e-3, rule="gd", max_evaluations=30, record_at=[1])
+  field_fn, energy_fn = (make(model, params, LABELS) for make in (eqm_jax.field, eqm_jax.energy))
+  result = eqm_jax.descend(field_fn, x, step_size=1e-3, rule="gd", max_nfe=30, record_at=[1])
   np.testing.assert_allclose(result.record["x"][0], x - 1e-3 * apply(field_fn, x), atol=1e-5)
   assert np.all(apply(energy_fn, result.x) < apply(energy_fn, x))
 
 
 def test_streams_and_guidance_follow_the_gradient_too(landscape):
   model, params, x = landscape
-  conditional, null = (apply(eqm_jax.energy_field(model, params, y), x) for y in (LABELS, jnp.full(3, 3)))
-  guided = eqm_jax.conditional_field(model, params, guidance=2.0)
+  conditional, null = (apply(eqm_jax.field(model, params, y), x) for y in (LABELS, jnp.full(3, 3)))
+  guided = eqm_jax.field(model, params, guidance=2.0)
   found = jax.jit(lambda field_fn, x, label: field_fn(x, label))(guided, x, LABELS)
   np.testing.assert_allclose(found, null + 2 * (conditional - null), rtol=1e-3, atol=1e-3)
 
@@ -91,9 +91,9 @@ def test_both_orders_of_differentiation_agree(landscape):
 def test_energies_are_conservative_and_an_implicit_field_is_not(landscape):
   model, params, x = landscape
   key = jax.random.key(5)
-  assert np.all(eqm_jax.asymmetry(eqm_jax.energy_field(model, params, LABELS), x, key) < 1e-4)
+  assert np.all(eqm_jax.asymmetry(eqm_jax.field(model, params, LABELS), x, key) < 1e-4)
   implicit = model_of("none")
-  assert np.all(eqm_jax.asymmetry(eqm_jax.implicit_field(implicit, params_of(implicit), LABELS), x, key) > 0.1)
+  assert np.all(eqm_jax.asymmetry(eqm_jax.field(implicit, params_of(implicit), LABELS), x, key) > 0.1)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_an_energy_of_zero_output_cannot_learn_from_l2_alone():
 
 
 def test_attention_without_second_derivatives_is_replaced():
-  """cuDNN's runs on no CPU at all, so an answer shows that it was not used."""
+  """cuDNN's runs on no CPU at all, so a result shows that it was not used."""
   model = model_of("dot", attention="cudnn", dtype="bfloat16")
   params, x = params_of(model), jax.random.normal(jax.random.key(2), (3, 4, 4, 2))
-  f = apply(eqm_jax.energy_field(model, params, LABELS), x)
-  np.testing.assert_array_equal(f, apply(eqm_jax.energy_field(model.clone(attention="xla"), params, LABELS), x))
+  f = apply(eqm_jax.field(model, params, LABELS), x)
+  np.testing.assert_array_equal(f, apply(eqm_jax.field(model.clone(attention="xla"), params, LABELS), x))
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,28 @@ def test_attention_without_second_derivatives_is_replaced():
 )
 def test_energies_that_a_model_has_not_are_refused(built, form, message):
   model = model_of(built)
-  for make in (eqm_jax.energy, eqm_jax.energy_field):
+  with pytest.raises(ValueError, match=message):
+    eqm_jax.energy(model, {}, LABELS, form)
+  if form is not None:  # without one, the field of an implicit model is the network
     with pytest.raises(ValueError, match=message):
-      make(model, {}, LABELS, form)
+      eqm_jax.field(model, {}, LABELS, form=form)
 
 
-def test_an_energy_is_not_taken_for_an_implicit_field():
-  with pytest.raises(ValueError, match="trained as an energy.*energy_field"):
-    eqm_jax.implicit_field(model_of("dot"), {}, LABELS)
+def test_the_field_of_an_energy_model_is_never_its_output(landscape):
+  """One constructor: what an energy model was built for decides, with its form given or not."""
+  model, params, x = landscape
+  f = apply(eqm_jax.field(model, params, LABELS), x)
+  expected = energy.gradient(model, model.energy, params, x, LABELS)
+  np.testing.assert_allclose(f, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(f, apply(eqm_jax.field(model, params, LABELS, form=model.energy), x))
+
+
+def test_an_implicit_model_can_be_read_as_an_energy():
+  model = model_of("none")
+  params, x = params_of(model), jax.random.normal(jax.random.key(2), (3, 4, 4, 2))
+  f = apply(eqm_jax.field(model, params, LABELS, form="l2"), x)
+  np.testing.assert_allclose(f, energy.gradient(model, "l2", params, x, LABELS), rtol=1e-4, atol=1e-5)
+  assert not np.allclose(f, apply(eqm_jax.field(model, params, LABELS), x))
 
 
 @pytest.mark.parametrize(

@@ -45,16 +45,18 @@ def test_zero_network_has_the_expected_loss():
   np.testing.assert_allclose(loss_B.mean(), 2 * objective.mean_square_magnitude(Schedule()), rtol=0.03)
 
 
-def test_untimed_flow_matching_is_equilibrium_matching_with_constant_magnitude():
+def test_time_free_flow_matching_is_equilibrium_matching_with_constant_magnitude():
   rng = np.random.default_rng(0)
   data, noise = (jnp.asarray(rng.normal(size=(5, 4, 4, 1)), jnp.float32) for _ in range(2))
   gamma = jnp.asarray(rng.uniform(size=5), jnp.float32)
-  flow = objective.flow_matching_loss(jnp.sin, data, noise, gamma, timed=False)
+  flow = objective.flow_matching_loss(jnp.sin, data, noise, gamma, time_conditional=False)
   np.testing.assert_allclose(
     flow, objective.equilibrium_loss(jnp.sin, data, noise, gamma, Schedule("constant", multiplier=1.0)), rtol=1e-6
   )
-  timed = objective.flow_matching_loss(lambda x, g: jnp.sin(x) + g[:, None, None, None], data, noise, gamma, timed=True)
-  assert not np.allclose(flow, timed)
+  conditional = objective.flow_matching_loss(
+    lambda x, g: jnp.sin(x) + g[:, None, None, None], data, noise, gamma, time_conditional=True
+  )
+  assert not np.allclose(flow, conditional)
 
 
 def test_dispersive_loss_is_that_of_its_formula():

@@ -5,7 +5,7 @@ import pytest
 
 from eqm_jax.equilibrium.objective import Schedule, corrupt, target_gradient
 from eqm_jax.equilibrium.oracle import oracle_field
-from eqm_jax.equilibrium.sampler import CONVERGED, descend, start_noise
+from eqm_jax.equilibrium.sampler import Status, descend, start_noise
 
 apply = jax.jit(lambda field_fn, x: field_fn(x))  # the field is a pytree: its points are an argument
 
@@ -51,10 +51,8 @@ def test_mean_stop_in_4096_dimensions_is_the_papers():
   """η = .0017, threshold 10: the ideal path of the shipped c(γ) stops after about 221 steps."""
   points = jax.random.normal(jax.random.key(0), (4, 4096))
   noise = start_noise(jax.random.key(1), np.arange(6), (4096,))
-  result = descend(
-    oracle_field(points, nodes=1500), noise, step_size=0.0017, rule="gd", max_evaluations=400, threshold=10.0
-  )
-  assert result.status_B.tolist() == [CONVERGED] * 6
-  np.testing.assert_allclose(result.evaluations_B.mean() - 1, 221, atol=3)
+  result = descend(oracle_field(points, nodes=1500), noise, step_size=0.0017, rule="gd", max_nfe=400, threshold=10.0)
+  assert result.status.tolist() == [Status.CONVERGED] * 6
+  np.testing.assert_allclose(result.nfe.mean() - 1, 221, atol=3)
   distance = jnp.linalg.norm(result.x[:, None] - points[None], axis=-1).min(axis=1)
   np.testing.assert_allclose(distance, 10 / 20, rtol=0.1)  # ‖f‖ = 20·distance

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from eqm_jax.convert import autoencoder as convert
+from eqm_jax.checkpoints import sd_vae as convert
 from eqm_jax.networks import autoencoder
 
 DIRECTORY = ROOT / "tests" / "reference" / "vae_tiny"
@@ -31,8 +31,8 @@ def test_encoding_and_decoding_agree_with_diffusers(dtype, tolerance):
 
 def test_the_posterior_has_its_mean_and_variance():
   mean, logvar = np.full((20_000, 1), 3.0, np.float32), np.full((20_000, 1), np.log(0.25), np.float32)
-  drawn = autoencoder.posterior_sample(mean, logvar, jax.random.normal(jax.random.key(0), mean.shape))
-  assert abs(drawn.mean() - 3) < 0.02 and abs(drawn.std() - 0.5) < 0.02
+  sampled = autoencoder.posterior_sample(mean, logvar, jax.random.normal(jax.random.key(0), mean.shape))
+  assert abs(sampled.mean() - 3) < 0.02 and abs(sampled.std() - 0.5) < 0.02
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -14,7 +14,7 @@ LABELS = jnp.asarray([0, 3])
 
 @functools.cache
 def network(dtype: str):
-  """A model, its parameters, samples, and a direction of the answer."""
+  """A model, its parameters, samples, and a direction of the output."""
   model = DiT(8, 3, patch_size=2, width=16, depth=1, num_heads=2, num_classes=5, dtype=dtype)
   wide = np.float64 if dtype == "float64" else np.float32
   rng = np.random.default_rng(0)
@@ -25,20 +25,20 @@ def network(dtype: str):
 
 
 def derivatives(model, params, x, along, training):
-  """The answer, its gradients by parameters and samples, and second derivatives both ways."""
+  """The output, its gradients by parameters and samples, and second derivatives both ways."""
 
-  def answer(params, x):
+  def output(params, x):
     return model.apply({"params": params}, x, LABELS, training=training)
 
   def energy(params, x):
-    return jnp.vdot(answer(params, x), x)
+    return jnp.vdot(output(params, x), x)
 
   def field(params, x):
     return jax.grad(energy, argnums=1)(params, x)
 
   return {
-    "answer": answer(params, x),
-    "gradients": jax.grad(lambda *at: jnp.vdot(answer(*at), along), argnums=(0, 1))(params, x),
+    "output": output(params, x),
+    "gradients": jax.grad(lambda *at: jnp.vdot(output(*at), along), argnums=(0, 1))(params, x),
     "forward over reverse": jax.jvp(functools.partial(field, params), (x,), (along,))[1],
     "reverse over reverse": jax.grad(lambda params: jnp.vdot(field(params, x), along))(params),
   }
@@ -75,8 +75,8 @@ def test_narrower_types_agree_to_their_precision(dtype, tolerance):
 
   @functools.partial(jax.jit, static_argnums=0)
   def loss_and_gradient(model, params):
-    answer = model.apply({"params": params}, x, LABELS, training=True)
-    return answer, jax.grad(lambda p: jnp.vdot(model.apply({"params": p}, x, LABELS, training=True), along))(params)
+    output = model.apply({"params": params}, x, LABELS, training=True)
+    return output, jax.grad(lambda p: jnp.vdot(model.apply({"params": p}, x, LABELS, training=True), along))(params)
 
   expected = loss_and_gradient(model.clone(block="xla"), params)
   assert largest_difference(loss_and_gradient(model.clone(block="cpu"), params), expected) < tolerance
@@ -102,5 +102,5 @@ def test_the_backend_chooses_and_split_layers_keep_their_form(monkeypatch):
 
 
 def test_an_unknown_form_is_refused():
-  with pytest.raises(ValueError, match="block = 'gpu' is not one of auto, xla, cpu"):
+  with pytest.raises(ValueError, match="model.block = 'gpu' must be one of auto, xla, cpu"):
     network("float32")[0].clone(block="gpu")

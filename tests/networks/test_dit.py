@@ -14,7 +14,7 @@ LABELS = jnp.asarray([1, 5])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def answer(model: DiT, params, *arguments) -> jax.Array:
+def output(model: DiT, params, *arguments) -> jax.Array:
   return model.apply({"params": params}, *arguments)
 
 
@@ -40,7 +40,7 @@ def initialised(**overrides):
   @jax.jit
   def start():
     params = model.init(jax.random.key(0), X, LABELS, *gamma)["params"]
-    # At the start the blocks are the identity and the answer is zero: noise makes every parameter count.
+    # At the start the blocks are the identity and the output is zero: noise makes every parameter count.
     keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
     keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
     return jax.tree.map(lambda p, key: p + 0.05 * jax.random.normal(key, p.shape), params, keys)
@@ -68,10 +68,10 @@ def test_every_published_size_has_the_shape_of_its_input(size, patch):
   assert f.shape == (2, 32, 32, 4) and f.dtype == jnp.float32
 
 
-def test_a_new_network_answers_zero():
+def test_a_new_network_returns_zero():
   model = DiT(**TINY)
   params = jax.jit(model.init)(jax.random.key(0), X, LABELS)["params"]
-  np.testing.assert_array_equal(answer(model, params, X, LABELS), 0)
+  np.testing.assert_array_equal(output(model, params, X, LABELS), 0)
 
 
 @pytest.mark.parametrize(
@@ -109,28 +109,28 @@ def test_remat_keeps_less_for_the_backward_pass():
 
 def test_label_and_null_class_change_the_answer():
   model, params = initialised()
-  answers = [answer(model, params, X[:1], jnp.asarray([label])) for label in (0, 1, 5)]
-  assert not np.allclose(answers[0], answers[1]) and not np.allclose(answers[1], answers[2])
+  outputs = [output(model, params, X[:1], jnp.asarray([label])) for label in (0, 1, 5)]
+  assert not np.allclose(outputs[0], outputs[1]) and not np.allclose(outputs[1], outputs[2])
 
 
 def test_time_is_an_input_only_where_it_is_asked_for():
   model, params = initialised(time_input=True)
-  early, late = (answer(model, params, X, LABELS, jnp.full(2, gamma)) for gamma in (0.1, 0.9))
+  early, late = (output(model, params, X, LABELS, jnp.full(2, gamma)) for gamma in (0.1, 0.9))
   assert not np.allclose(early, late)
   # Time 0 is what a network without time input is fixed to.
-  untimed = answer(model.clone(time_input=False), params, X, LABELS)
-  np.testing.assert_allclose(untimed, answer(model, params, X, LABELS, jnp.zeros(2)), rtol=1e-5, atol=1e-6)
+  untimed = output(model.clone(time_input=False), params, X, LABELS)
+  np.testing.assert_allclose(untimed, output(model, params, X, LABELS, jnp.zeros(2)), rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_products_keep_float32_parameters_and_output():
   model, params = initialised()
   half = model.clone(dtype="bfloat16")
-  f = answer(half, params, X, LABELS)
+  f = output(half, params, X, LABELS)
   assert f.dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(dit.parameter_shapes(half)))
-  full = answer(model, params, X, LABELS)
+  full = output(model, params, X, LABELS)
   assert 0 < np.abs(f - full).max() < 0.05 * np.abs(full).max()
-  assert not np.array_equal(f, f.astype(jnp.bfloat16).astype(jnp.float32)), "the answer was rounded to bfloat16"
+  assert not np.array_equal(f, f.astype(jnp.bfloat16).astype(jnp.float32)), "the output was rounded to bfloat16"
 
 
 def test_unpatchify_undoes_patchify():
@@ -147,12 +147,12 @@ def test_attributes_rebuild_the_model():
 @pytest.mark.parametrize(
   "overrides, text",
   [
-    (dict(patch_size=3), "patch_size = 3 does not divide input_size = 8"),
-    (dict(num_heads=3), "num_heads = 3 does not divide width = 16"),
+    (dict(patch_size=3), "patch_size = 3 does not divide model.input_size = 8"),
+    (dict(num_heads=3), "num_heads = 3 does not divide model.width = 16"),
     (dict(width=18, num_heads=2), "width = 18"),
     (dict(depth=0), "depth = 0"),
     (dict(mlp_ratio=0.0), "mlp_ratio = 0.0"),
-    (dict(remat="full", unroll=3), "unroll = 3 must be below depth = 3"),
+    (dict(remat="full", unroll=3), "model.unroll = 3 must be below model.depth = 3"),
     (dict(remat="some"), "'some'.*none, dots"),
     (dict(attention="flash"), "'flash'"),
     (dict(dtype="float16"), "'float16'"),
@@ -170,9 +170,9 @@ def test_attributes_that_do_not_fit_are_refused(overrides, text):
     (X[:, :6, :6], LABELS, None, r"\(2, 6, 6, 3\)"),
     (X, LABELS[:1], None, r"\(1,\).*2 samples"),
     (X, LABELS.astype(jnp.float32), None, "float32"),
-    (X, LABELS + 1, None, r"2\.\.6: this model knows 0\.\.5"),
+    (X, LABELS + 1, None, r"2\.\.6: this model has 0\.\.5"),
     (X, LABELS - 2, None, r"-1\.\.3"),
-    (X, LABELS, jnp.zeros(2), "time_input=False"),
+    (X, LABELS, jnp.zeros(2), "takes no time: leave gamma out .time_input=False"),
   ],
 )
 def test_arguments_that_do_not_fit_are_refused(x, label, gamma, text):

@@ -2,16 +2,14 @@
 
 import json
 import runpy
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, run_python
 from jax.extend.core import jaxprs_in_params
 
-from eqm_jax.convert import inception as convert
+from eqm_jax.checkpoints import inception as convert
 from eqm_jax.networks import inception
 
 DIRECTORY = ROOT / "tests" / "reference" / "inception"
@@ -63,7 +61,7 @@ def test_every_array_agrees(params):
     ("half_pixel", 1, 2, [[1], [1]]),
   ],
 )
-def test_pixels_are_read_where_the_method_says(method, length, size, expected):
+def test_pixels_are_read_at_the_positions_of_the_method(method, length, size, expected):
   np.testing.assert_array_equal(inception.interpolation(length, size, method), expected)
 
 
@@ -102,12 +100,12 @@ def test_features_are_float32_where_jax_computes_in_float64(params):
   assert {name: leaf.dtype for name, leaf in shapes.items()} == dict.fromkeys(NAMES, np.float32)
 
 
-# The features of two images, one on each of two pretended devices, inside an outer jit.
+# The features of two images, one on each of two simulated devices, inside an outer jit.
 PROGRAM = """
 import json, runpy, sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from eqm_jax.convert import inception as convert
+from eqm_jax.checkpoints import inception as convert
 from eqm_jax.networks import inception
 
 directory = sys.argv[1]
@@ -124,10 +122,7 @@ json.dump({"places": places, "found": {name: array.tolist() for name, array in f
 
 @pytest.mark.slow  # compiles the network for two devices
 def test_images_may_lie_on_several_devices():
-  command = [sys.executable, "-c", PROGRAM, str(DIRECTORY)]
-  finished = subprocess.run(command, env=environment(2), capture_output=True, text=True, timeout=300)
-  assert finished.returncode == 0, finished.stderr
-  output = json.loads(finished.stdout)
+  output = json.loads(run_python("-c", PROGRAM, DIRECTORY, devices=2).stdout)
   assert output["places"] == {name: [1, 1] for name in NAMES}
   for name in NAMES:
     expected = GOLDEN[f"{name}_64_half_pixel"]
@@ -147,11 +142,11 @@ def test_images_may_lie_on_several_devices():
     ([[[[0, 0, 0]]]], "a list"),
   ],
 )
-def test_what_is_no_batch_of_images_is_refused(images, seen):
+def test_other_arrays_than_batches_of_images_are_refused(images, seen):
   with pytest.raises(ValueError, match=rf"takes images uint8 \[B, H, W, 3\], B ≥ 1, in 0..255, but got {seen}"):
     inception.features({}, images)
 
 
 def test_an_unknown_resize_is_refused():
-  with pytest.raises(ValueError, match="resize = 'bicubic', but known are 'tf1' and 'half_pixel'"):
+  with pytest.raises(ValueError, match="resize = 'bicubic' must be one of tf1, half_pixel"):
     inception.features({}, GOLDEN["images_64"], "bicubic")

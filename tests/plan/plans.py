@@ -16,7 +16,7 @@ for name, value in topology.ENVIRONMENT.items():  # several workers compile at t
 
 @pytest.fixture(scope="module", autouse=True)
 def flags_that_libtpu_knows():
-  """libtpu reads XLA's flags too, and ends the process for one that it does not know, as some of the CPU's are."""
+  """XLA's flags without those of the CPU: libtpu reads them too, and ends the process for an unknown one."""
   known = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu")]
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", " ".join(known))
@@ -33,7 +33,7 @@ def small() -> ml_collections.ConfigDict:
   config.model.update(input_size=8, width=256, depth=2, num_heads=2, num_classes=15)
   config.train.batch_size = 64
   config.mesh.update(data=1, fsdp=-1)
-  config.evaluation.update(batch_size=8, unit=8)
-  config.autoencoder.path = ""
-  config.samplers.published_b2.streaming = False
+  config.evaluation.update(batch_size=8, chunk_size=8)
+  config.autoencoder.path = None
+  config.samplers.published_b2.batching = "static"
   return config

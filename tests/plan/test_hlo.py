@@ -1,4 +1,4 @@
-"""Programs as text: sizes in memory, turns of loops, bytes on the links and in HBM, against counts by hand."""
+"""Programs as text: sizes in memory, trip counts of loops, bytes on the links and in HBM, against counts by hand."""
 
 import functools
 import math
@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plans import flags_that_libtpu_knows, open_slice  # noqa: F401
 
-from eqm_jax.plan import collectives, hlo, loops, traffic
+from eqm_jax.plan import costs, hlo
 
-# Written in the compiler's way. The loop turns 5 times: from 1, by 2, while below 10 (1, 3, 5, 7, 9).
+# In the compiler's notation. The loop turns 5 times: from 1, by 2, while below 10 (1, 3, 5, 7, 9).
 BY_HAND = """HloModule by_hand, is_scheduled=true, entry_computation_layout={(f32[64,128]{1,0:T(8,128)})->f32[64,128]{1,0}}
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -117,12 +117,12 @@ def test_arrays_take_whole_tiles(text, elements, padded):
 def test_a_loop_turns_as_often_as_its_constants_say():
   module = by_hand()
   (loop,) = (i for i in module.entry_computation.instructions if i.opcode == "while")
-  assert loops.trip_count(module, module.entry_computation, loop) == 5
-  assert [(c.name, times) for c, times in loops.executed(module)] == [("main", 1), ("body", 5)]
+  assert hlo.trip_count(module, module.entry_computation, loop) == 5
+  assert [(c.name, times) for c, times in hlo.executed(module)] == [("main", 1), ("body", 5)]
 
 
 @pytest.mark.parametrize(
-  "was, now, turns",
+  "old, new, turns",
   [
     ("direction=LT", "direction=LE", 5),
     ("constant(10)", "constant(9)", 4),
@@ -130,30 +130,30 @@ def test_a_loop_turns_as_often_as_its_constants_say():
     ("add(%counter.1, %two)", "multiply(%counter.1, %two)", None),
   ],
 )
-def test_a_loop_that_ends_by_the_data_is_said_to(was, now, turns):
-  assert was in BY_HAND
-  module = hlo.parse(BY_HAND.replace(was, now))
+def test_the_trip_count_of_a_loop_that_ends_by_the_data_is_unknown(old, new, turns):
+  assert old in BY_HAND
+  module = hlo.parse(BY_HAND.replace(old, new))
   (loop,) = (i for i in module.entry_computation.instructions if i.opcode == "while")
-  assert loops.trip_count(module, module.entry_computation, loop) == turns
+  assert hlo.trip_count(module, module.entry_computation, loop) == turns
   if turns is None:
-    assert [times for _, times in loops.executed(module, [3])] == [1, 3]
+    assert [times for _, times in hlo.executed(module, [3])] == [1, 3]
 
 
 def test_bytes_on_the_links_are_those_of_the_rings():
-  found = {one.kind: one for one in collectives.find(by_hand(), MESH)}
+  found = {one.kind: one for one in costs.find_collectives(by_hand(), MESH)}
   assert len(found) == 4
   expected = {  # (bytes, times, chips, axes, asynchronous)
     "all-reduce": (5 * 2 * X / 2, 5, 2, ("data",), False),
     "collective-permute": (5 * X, 5, 4, ("fsdp",), True),
     "reduce-scatter": (64 * 128 * 2 * 3 / 4, 1, 4, ("fsdp",), False),
-    "all-gather": (32 * 128 * 4 * 3 / 4, 1, 4, ("fsdp",), True),  # carried on by another fusion, and counted once
+    "all-gather": (32 * 128 * 4 * 3 / 4, 1, 4, ("fsdp",), True),  # continued by another fusion, and counted once
   }
   for kind, values in expected.items():
     one = found[kind]
     assert (one.bytes, one.times, one.chips, one.axes, one.asynchronous) == values, kind
-  told = collectives.by_kind(list(found.values()))
-  assert told["all-reduce"] == {"count": 5, "bytes": 5 * X, "synchronous_bytes": 5 * X}
-  assert told["all-gather"]["synchronous_bytes"] == 0
+  table = costs.by_kind(list(found.values()))
+  assert table["all-reduce"] == {"count": 5, "bytes": 5 * X, "synchronous_bytes": 5 * X}
+  assert table["all-gather"]["synchronous_bytes"] == 0
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_bytes_on_the_links_are_those_of_the_rings():
     ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_1'}", ("data", "fsdp")),
     ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", ("fsdp",)),
     ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_2'}", ("data",)),
-    ("written in a way that is not known", None),
+    ("in an unknown notation", None),
   ],
 )
 def test_groups_of_chips_are_axes_of_the_mesh(groups, axes):
-  was = "mesh['axis_0'=2,'axis_1'=4] {'axis_0'}"
-  assert BY_HAND.count(was) == 1
-  found = collectives.find(hlo.parse(BY_HAND.replace(was, groups)), MESH)
+  old = "mesh['axis_0'=2,'axis_1'=4] {'axis_0'}"
+  assert BY_HAND.count(old) == 1
+  found = costs.find_collectives(hlo.parse(BY_HAND.replace(old, groups)), MESH)
   (one,) = (one for one in found if one.kind == "all-reduce")
   assert one.axes == axes
   three_axes = groups.endswith("{'axis_0','axis_1'}")  # half of fsdp: four chips
@@ -182,11 +182,11 @@ def test_groups_of_chips_are_axes_of_the_mesh(groups, axes):
 
 def test_bytes_in_hbm_leave_out_vector_memory_and_untouched_slices():
   # A turn writes `moved` (its operands lie in vector memory), and the fusion reads it and writes one row of ten.
-  assert traffic.hbm_bytes(by_hand()) == 5 * (X + X + X)
+  assert costs.hbm_bytes(by_hand()) == 5 * (X + X + X)
 
 
 def test_text_that_is_no_program_is_refused():
-  with pytest.raises(ValueError, match="no compiled program"):
+  with pytest.raises(ValueError, match="is no compiled program: pass the text of"):
     hlo.parse("")
 
 
@@ -206,7 +206,7 @@ def test_a_compiled_loop_of_collectives_is_counted_exactly(turns):
   spec = PartitionSpec(("data", "fsdp"))
   function = jax.jit(jax.shard_map(per_chip, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
   x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, spec))
-  found = collectives.by_kind(collectives.find(hlo.parse(function.lower(x).compile().as_text()), MESH))
+  found = costs.by_kind(costs.find_collectives(hlo.parse(function.lower(x).compile().as_text()), MESH))
   assert {kind: one["bytes"] for kind, one in found.items()} == {
     "all-reduce": turns * 2 * S * 3 / 4,
     "collective-permute": turns * S,

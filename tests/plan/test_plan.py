@@ -1,4 +1,4 @@
-"""Plans of the shipped config and of small ones, compiled for eight v5e chips that are not there."""
+"""Plans of a config of the repository and of small ones, compiled for eight v5e chips that are not there."""
 
 import collections as python_collections
 import dataclasses
@@ -16,18 +16,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from plans import flags_that_libtpu_knows, open_slice, small  # noqa: F401
 
-from eqm_jax.networks import flops
+from eqm_jax.networks import flops as flops_lib
 from eqm_jax.networks.dit import DiT, parameter_shapes
-from eqm_jax.plan import collectives, compiled, hlo, placement, plan, programs, propose, roofline
+from eqm_jax.plan import costs, hlo, plan, programs
+from eqm_jax.plan import figures as figures_lib
 from eqm_jax.training import sharding
 
 
-def compiled_with_text(program: programs.Program, topology) -> tuple[compiled.Figures, hlo.Module]:
+def compiled_with_text(program: programs.Program, topology) -> tuple[figures_lib.Figures, hlo.Module]:
   """A program's figures, and the program that they were read from."""
   modules, parse = [], hlo.parse
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(hlo, "parse", lambda text: modules.append(parse(text)) or modules[-1])
-    figures = compiled.compile_program(program, topology)
+    figures = figures_lib.compile_program(program, topology)
   return figures, modules[0]
 
 
@@ -45,34 +46,34 @@ def test_arguments_are_the_shards_and_nothing_else(request, name):
     program, figures, module = request.getfixturevalue("written")[4][0]
   else:
     _, program, figures, module = request.getfixturevalue("shipped")
-  given = [i.result[0] for i in module.entry_computation.instructions if i.opcode == "parameter"]
-  shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.given)]
-  assert python_collections.Counter(a.dims for a in given) == python_collections.Counter(shards)
-  assert figures.memory["arguments"] == sum(array.padded_bytes for array in given)
-  counted = sum(array.bytes for array in given if len(array.dims))  # but for the two counters
-  assert sum(program.arguments.values()) == pytest.approx(counted, abs=8)
+  parameters = [i.result[0] for i in module.entry_computation.instructions if i.opcode == "parameter"]
+  shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.arguments)]
+  assert python_collections.Counter(a.dims for a in parameters) == python_collections.Counter(shards)
+  assert figures.memory["arguments"] == sum(array.padded_bytes for array in parameters)
+  counted = sum(array.bytes for array in parameters if len(array.dims))  # but for the two counters
+  assert sum(program.argument_bytes.values()) == pytest.approx(counted, abs=8)
   assert figures.memory["aliased"] > 0.99 * figures.memory["outputs"]  # the state is donated
 
 
 @pytest.mark.slow
-def test_memory_is_told_against_the_chip(shipped):
+def test_memory_is_compared_with_the_chip(shipped):
   _, program, figures, _ = shipped
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(program.given[0].params))
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(program.arguments[0].params))
   assert figures.fits and 16 * parameters < figures.needed < figures.chip.usable_memory
   assert figures.memory["temporaries"] > 0 and figures.seconds > 0
-  assert figures.operations == 32 * flops.training(DiT(**load_config("imagenet256", "S/2").model))
-  assert figures.seconds_at_mfu == pytest.approx(figures.operations / (0.4 * 197e12))
+  assert figures.flops == 32 * flops_lib.training(DiT(**load_config("imagenet256", "S/2").model))
+  assert figures.seconds_at_mfu == pytest.approx(figures.flops / (0.4 * 197e12))
   assert figures.bound.seconds < figures.seconds_at_mfu
 
 
 @pytest.mark.slow
 def test_data_parallelism_reduces_the_gradient_and_sends_nothing_else(shipped):
   _, program, figures, module = shipped
-  params = dict(program.given[0].params)
+  params = dict(program.arguments[0].params)
   # The time is one for all samples: of what led to its embedding, one vector is summed.
   time_embed = params.pop("time_embed")
   parameters = sum(leaf.size for leaf in jax.tree.leaves((params, time_embed["dense_1"]["bias"])))
-  sent = collectives.find(module, program.mesh)
+  sent = costs.find_collectives(module, program.mesh)
   assert {one.kind for one in sent} == {"all-reduce"} and {one.axes for one in sent} == {("data",)}
   elements = sum(one.times * array.elements for one in sent for array in one.arrays)
   assert parameters <= elements < parameters + 10  # and a few sums over the batch
@@ -83,16 +84,16 @@ def test_data_parallelism_reduces_the_gradient_and_sends_nothing_else(shipped):
 @pytest.mark.slow
 def test_hbm_carries_the_state_and_the_activations_at_least_once(shipped):
   config, program, figures, _ = shipped
-  state = sum(program.arguments[name] for name in ("parameters", "average", "optimizer"))
+  state = sum(program.argument_bytes[name] for name in ("parameters", "average", "optimizer"))
   model = config.model
-  saved = 32 * 256 * model.depth * 9 * model.width * 2  # of a block: qkv, attention's answer, the perceptron's two
+  saved = 32 * 256 * model.depth * 9 * model.width * 2  # of a block: qkv, the output of attention, the two of the MLP
   assert 2 * state + saved < figures.hbm_bytes < 10 * (2 * state + saved)
   assert (program.images < figures.critical_batch) == any("images on a chip are fewer" in t for t in figures.warnings)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """A small config on v5e:2x4, its state split over all chips: (config, directory, told, log, what was compiled)."""
+  """A small config on v5e:2x4, its state split over all chips: (config, directory, content, log, what was compiled)."""
   config, directory, seen = small(), tmp_path_factory.mktemp("plan") / "plan", []
 
   def compile_program(program, topology):
@@ -102,20 +103,20 @@ def written(tmp_path_factory):
   logger, handler = logging.getLogger("eqm_jax"), logging.StreamHandler(log := io.StringIO())
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(plan, "compile_program", compile_program)
-    was = logger.level
+    level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    (told,) = plan.plan(config, "v5e-8", str(directory))
+    (content,) = plan.plan(config, "v5e-8", str(directory))
     logger.removeHandler(handler)
-    logger.setLevel(was)
-  return config, directory, told, log.getvalue(), seen
+    logger.setLevel(level)
+  return config, directory, content, log.getvalue(), seen
 
 
 def test_split_parameters_are_gathered_and_their_gradients_scattered(written):
   program, figures, module = written[4][0]
-  split = [leaf for leaf in jax.tree.leaves(program.given[0].params) if not leaf.sharding.is_fully_replicated]
-  assert len(split) >= 7 and program.arguments["parameters"] < 0.2 * sum(4 * leaf.size for leaf in split)
-  sent = collectives.find(module, program.mesh)
+  split = [leaf for leaf in jax.tree.leaves(program.arguments[0].params) if not leaf.sharding.is_fully_replicated]
+  assert len(split) >= 7 and program.argument_bytes["parameters"] < 0.2 * sum(4 * leaf.size for leaf in split)
+  sent = costs.find_collectives(module, program.mesh)
   assert {one.axes for one in sent} == {("fsdp",)}
   moved = sum(one.bytes for one in sent if one.kind in ("all-gather", "collective-permute", "reduce-scatter"))
   once = sum(2 * leaf.size for leaf in split) * 7 / 8  # in bfloat16
@@ -126,40 +127,42 @@ def test_split_parameters_are_gathered_and_their_gradients_scattered(written):
 def test_resharding_that_no_rule_asks_for_is_warned_of():
   topology = open_slice("v5e:2x4")
   mesh = sharding.make_mesh(2, 4, 1, devices=topology.devices)
-  there, elsewhere = (
-    NamedSharding(mesh, spec) for spec in (PartitionSpec(sharding.BATCH), PartitionSpec(None, "fsdp"))
-  )
-  x = jax.ShapeDtypeStruct((64, 512, 256), jnp.float32, sharding=there)
+  first, second = (NamedSharding(mesh, spec) for spec in (PartitionSpec(sharding.BATCH), PartitionSpec(None, "fsdp")))
+  x = jax.ShapeDtypeStruct((64, 512, 256), jnp.float32, sharding=first)
 
   def function(x):
-    x = jax.lax.with_sharding_constraint(jnp.sin(x), elsewhere)
-    return jax.lax.with_sharding_constraint(jnp.cumsum(x, axis=0), there)
+    x = jax.lax.with_sharding_constraint(jnp.sin(x), second)
+    return jax.lax.with_sharding_constraint(jnp.cumsum(x, axis=0), first)
 
-  parameters = placement.Parameters({"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}, {"kernel": there}, mesh)
+  program = programs.training(small(), topology)
   program = dataclasses.replace(
-    programs.training(small(), topology),
-    lower=lambda: jax.jit(function, out_shardings=there).lower(x),
+    program,
+    lower=lambda: jax.jit(function, out_shardings=first).lower(x),
     mesh=dict(mesh.shape),
-    given=(x,),
-    asked=x,
-    parameters=parameters,
+    state=program.state.replace(params={"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=first)}),
   )
-  warnings = compiled.compile_program(program, topology).warnings
-  told = [text for text in warnings if "which no sharding rule asks for" in text]
-  assert told and "f32[" in told[0] and "MiB a step" in told[0]
+  warnings = figures_lib.compile_program(program, topology).warnings
+  resharded = [text for text in warnings if "which no sharding rule asks for" in text]
+  assert resharded and "f32[" in resharded[0] and "MiB a step" in resharded[0]
+
+
+def placed(shapes, shardings):
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+  )
 
 
 def test_collectives_of_parameters_along_their_own_axes_are_explained():
   topology, config = open_slice("v5e:2x4"), load_config("imagenet256", "S/2")
   mesh = sharding.make_mesh(2, 2, 2, devices=topology.devices)
   shapes = parameter_shapes(DiT(**config.model))
-  parameters = placement.Parameters(shapes, sharding.tree_shardings(shapes, config.sharding.rules, mesh), mesh)
-  one = collectives.Collective("all-gather", (), ("fsdp",), 2, 12, True, False, "op")
+  shardings = sharding.tree_shardings(shapes, config.sharding.rules, mesh)
+  parameters = figures_lib.ParameterShapes(placed(shapes, shardings), mesh.shape)
+  one = costs.Collective("all-gather", (), ("fsdp",), 2, 12, True, False, "op")
 
   def unexplained(dims, **changes):
     array = hlo.Array("f32", dims)
-    told, rest = placement.reshardings([dataclasses.replace(one, arrays=(array,), **changes)], parameters, mesh.shape)
-    return bool(told or rest)
+    return bool(figures_lib.resharding([dataclasses.replace(one, arrays=(array,), **changes)], parameters))
 
   assert not unexplained((1, 384, 768))  # mlp_in, still split along tensor
   assert not unexplained((384, 3, 3, 64))  # qkv of one block, the same
@@ -176,17 +179,18 @@ def test_large_arrays_that_no_rule_splits_are_warned_of():
   topology, config = open_slice("v5e:2x4"), load_config("imagenet256", "S/2")
   shapes = programs.state_shapes(config, DiT(**config.model))
 
-  def told(memory, **mesh):
-    placed = sharding.make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **mesh}, devices=topology.devices)
-    return placement.replicated(shapes, sharding.state_shardings(shapes, config.sharding, placed), placed, memory)
+  def warnings(memory, **sizes):
+    mesh = sharding.make_mesh(**{"data": 1, "fsdp": 1, "tensor": 1, **sizes}, devices=topology.devices)
+    state = placed(shapes, sharding.state_shardings(shapes, config.sharding, mesh))
+    return figures_lib.replicated(state, mesh.shape, memory)
 
-  assert told(16e9, fsdp=8) == []
+  assert warnings(16e9, fsdp=8) == []
   config.sharding.rules = (("blocks/mlp_in/kernel", ()), *config.sharding.rules)
-  assert [text.split(" lies")[0] for text in told(16e9, fsdp=8)] == [
+  assert [text.split(" lies")[0] for text in warnings(16e9, fsdp=8)] == [
     f"{tree}/blocks/mlp_in/kernel (27 MiB)" for tree in ("params", "ema_params", "opt_state/0/mu", "opt_state/0/nu")
   ]
-  assert told(16e9, data=8) == []  # half a gigabyte of sixteen
-  (text,) = told(1e9, data=8)
+  assert warnings(16e9, data=8) == []  # half a gigabyte of sixteen
+  (text,) = warnings(1e9, data=8)
   assert "the whole state (0.5 GiB, 53 % of a chip's memory)" in text and "config.mesh.fsdp" in text
 
 
@@ -194,19 +198,19 @@ def test_large_arrays_that_no_rule_splits_are_warned_of():
 def test_few_images_on_a_chip_are_warned_of(shipped):
   _, program, figures, _ = shipped
   few = dataclasses.replace(program, images=2)
-  (text,) = compiled._small_batch(few, figures.bound, 8.4)
+  (text,) = figures_lib.small_batch(few, 8.4)
   assert text.startswith("2 images on a chip are fewer than the 8 ")
-  assert compiled._small_batch(few, figures.bound, 1.9) == []
+  assert figures_lib.small_batch(few, 1.9) == []
 
 
 def test_a_plan_is_written_as_numbers_tables_and_pictures(written):
-  config, directory, told, log, _ = written
-  assert json.loads((directory / "v5e_2x4.json").read_text()) == json.loads(json.dumps(told))
-  training, sampling = told["programs"]
+  config, directory, content, log, _ = written
+  assert json.loads((directory / "v5e_2x4.json").read_text()) == json.loads(json.dumps(content))
+  training, sampling = content["programs"]
   assert (training["mesh"], training["images_per_chip"]) == ({"data": 1, "fsdp": 8, "tensor": 1}, 8)
-  assert sampling["images_per_chip"] == 8 and sampling["evaluations_per_image"] == 249
+  assert sampling["images_per_chip"] == 8 and sampling["nfe_per_image"] == 249
   model = DiT(**config.model)
-  assert sampling["flops"] == 8 * flops.evaluation(model)
+  assert sampling["flops"] == 8 * flops_lib.evaluation(model)
   assert sampling["argument_bytes"]["parameters"] == sum(4 * p.size for p in jax.tree.leaves(parameter_shapes(model)))
   rate = sampling["images_per_second_per_chip"]
   assert rate == pytest.approx(8 / (249 * sampling["bound_seconds"]))
@@ -220,18 +224,17 @@ def test_a_plan_is_written_as_numbers_tables_and_pictures(written):
 
 def stand_in(monkeypatch, memory_of):
   """Compilation by a formula: `memory_of` gives a training step's temporaries in bytes from its program's `about`."""
-  asked = []
+  compiled = []
 
   def compile_program(program, topology):
-    asked.append(program)
-    needed = sum(program.arguments.values()) + memory_of(program)
-    fits = needed <= 0.95 * topology.chip.usable_memory
-    seconds = 1 + program.again / program.operations + 1e-6 * program.mesh["fsdp"]
-    bound = roofline.Roofline(seconds, 0, 0, 0)
-    return compiled.Figures(program, topology.chip, 1.0, {}, needed, fits, "", bound=bound)
+    compiled.append(program)
+    needed = sum(program.argument_bytes.values()) + memory_of(program)
+    seconds = 1 + program.rematerialised_flops / program.flops + 1e-6 * program.mesh["fsdp"]
+    bound = costs.Roofline(seconds, 0, 0, 0)
+    return figures_lib.Figures(program, topology.chip, 1.0, {"needed": needed}, bound=bound)
 
-  monkeypatch.setattr(propose, "compile_program", compile_program)
-  return asked, compile_program
+  monkeypatch.setattr(plan, "compile_program", compile_program)
+  return compiled, compile_program
 
 
 def remat_of(program):
@@ -246,13 +249,13 @@ def test_the_fastest_remat_that_fits_is_proposed_on_the_smallest_fsdp(monkeypatc
   config, topology = load_config("imagenet256", "XL/2"), with_memory(open_slice("v5e-16"), 8 * 2**30)
   config.mesh.update(data=1, fsdp=16)
   kept = {"none": 9, "dots": 7.2, "dots_no_batch": 4, "full": 1}  # GiB, beside a state of 10.06 / fsdp
-  asked, compile_program = stand_in(monkeypatch, lambda program: int(kept[remat_of(program)] * 2**30))
-  found = propose.training(config, topology, compile_program(programs.training(config, topology), topology))
-  # "dots" does nothing twice, but 7.2 and a sixteenth of the state leave no reserve; an fsdp of 4 takes 2.5 beside 4.
+  compiled, compile_program = stand_in(monkeypatch, lambda program: int(kept[remat_of(program)] * 2**30))
+  found = plan.search_training(config, topology, compile_program(programs.training(config, topology), topology))
+  # "dots" repeats no product, but 7.2 and a sixteenth of the state leave no reserve; an fsdp of 4 takes 2.5 beside 4.
   assert found.flags == (
-    "--config.model.remat=dots_no_batch --config.mesh.data=-1 --config.mesh.fsdp=4 --config.train.accumulate=1"
+    "--config.model.remat=dots_no_batch --config.mesh.data=-1 --config.mesh.fsdp=4 --config.train.grad_accum_steps=1"
   )
-  assert found.figures.fits and len(asked) == 5
+  assert found.figures.fits and len(compiled) == 5
   proposed = load_config("imagenet256", "XL/2")
   for flag in found.flags.split():
     key, value = flag.removeprefix("--config.").split("=")
@@ -265,61 +268,61 @@ def test_what_fits_and_is_fastest_stays(monkeypatch):
   config, topology = load_config("imagenet256", "B/2"), open_slice("v5e-16")
   config.model.remat = "none"
   _, compile_program = stand_in(monkeypatch, lambda program: 2**30)
-  found = propose.training(config, topology, compile_program(programs.training(config, topology), topology))
+  found = plan.search_training(config, topology, compile_program(programs.training(config, topology), topology))
   assert found.flags == "" and found.figures.fits
 
 
-def test_a_batch_that_fits_in_no_way_is_accumulated(monkeypatch):
+def test_gradients_are_accumulated_where_nothing_else_fits(monkeypatch):
   config, topology = load_config("imagenet256", "XL/2"), open_slice("v5e-16")
   config.train.batch_size = 4096
 
-  parts = {}
+  grad_accum_steps = {}
   training = programs.training
 
   def counted(config, topology):
     program = training(config, topology)
-    parts[id(program)] = config.train.accumulate
+    grad_accum_steps[id(program)] = config.train.grad_accum_steps
     return program
 
   monkeypatch.setattr(programs, "training", counted)
-  _, compile_program = stand_in(monkeypatch, lambda program: 256 * 2**30 // parts[id(program)])
-  found = propose.training(config, topology, compile_program(programs.training(config, topology), topology))
-  assert found.figures.fits and "--config.train.accumulate=32" in found.flags and "remat=full" in found.flags
+  _, compile_program = stand_in(monkeypatch, lambda program: 256 * 2**30 // grad_accum_steps[id(program)])
+  found = plan.search_training(config, topology, compile_program(programs.training(config, topology), topology))
+  assert found.figures.fits and "--config.train.grad_accum_steps=32" in found.flags and "remat=full" in found.flags
 
 
-def test_a_state_that_fits_nowhere_is_told(monkeypatch):
+def test_a_state_that_fits_nowhere_is_reported(monkeypatch):
   config, topology = load_config("imagenet256", "XL/2"), with_memory(open_slice("v5e:2x2"), 2**30)
   _, compile_program = stand_in(monkeypatch, lambda program: 0)
-  found = propose.training(config, topology, compile_program(programs.training(config, topology), topology))
+  found = plan.search_training(config, topology, compile_program(programs.training(config, topology), topology))
   assert found.figures is None and "the state alone takes 2.5" in found.reason
 
 
 @pytest.mark.slow  # compiles seven programs
 def test_too_little_memory_leads_to_settings_that_fit(monkeypatch, tmp_path):
-  """A chip of which one holds neither the activations nor the whole state: what XLA compiles then fits."""
+  """A chip that holds neither the activations nor the whole state: the proposed settings, compiled, fit."""
   config = small()
   config.model.update(remat="none", input_size=32)
   config.mesh.update(data=-1, fsdp=1)
-  config.evaluation.samples = 0
+  config.evaluation.num_samples = None
   topology = open_slice("v5e-8")
-  given = compiled.compile_program(programs.training(config, topology), topology)
-  monkeypatch.setattr(plan, "open_topologies", lambda names: [with_memory(topology, 0.8 * given.needed)])
-  (told,) = plan.plan(config, "v5e-8", str(tmp_path))
-  assert not told["programs"][0]["fits"]
-  proposed = told["proposals"]["training"]
+  current = figures_lib.compile_program(programs.training(config, topology), topology)
+  monkeypatch.setattr(plan, "open_topologies", lambda names: [with_memory(topology, 0.8 * current.needed)])
+  (content,) = plan.plan(config, "v5e-8", str(tmp_path))
+  assert not content["programs"][0]["fits"]
+  proposed = content["proposals"]["training"]
   assert proposed["flags"] and proposed["figures"]["fits"]
-  assert proposed["figures"]["memory"]["needed"] <= 0.95 * 0.8 * given.needed
+  assert proposed["figures"]["memory"]["needed"] <= 0.95 * 0.8 * current.needed
   best = min(one["bound_seconds"] for one in proposed["tried"] if one["fits"])
   assert proposed["figures"]["bound_seconds"] == best
   assert f"Proposed for training: `{proposed['flags']}`" in (tmp_path / "v5e_2x4.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_program_that_xla_refuses_is_told_with_its_number():
+def test_a_program_that_xla_refuses_has_the_memory_that_it_needs():
   config, topology = load_config("imagenet256", "L/2"), open_slice("v5e-16")
   config.model.remat = "none"
   config.mesh.fsdp = 1
-  figures = compiled.compile_program(programs.training(config, topology), topology)
+  figures = figures_lib.compile_program(programs.training(config, topology), topology)
   assert not figures.fits and figures.bound is None
   assert "exceeds available HBM (15.75G)" in figures.refused and 16 * 2**30 < figures.needed < 32 * 2**30
 
@@ -328,14 +331,14 @@ def test_a_program_that_xla_refuses_is_told_with_its_number():
 def test_the_published_table_is_what_compiles(tmp_path):
   documented = json.loads((ROOT / "docs" / "plan.json").read_text())
   config = load_config("imagenet256", "XL/2")
-  config.evaluation.samples = 0
+  config.evaluation.num_samples = None
   (found,) = plan.plan(config, "v5e-16", str(tmp_path))
-  (expected,) = (told for told in documented["XL/2"] if told["slice"] == "v5e-16")
+  (expected,) = (one for one in documented["XL/2"] if one["slice"] == "v5e-16")
   if found["versions"] != expected["versions"]:
     pytest.skip(f"the table is of {expected['versions']}")
   training, published = found["programs"][0], expected["programs"][0]
-  for told in (training, published):
-    del told["compile_seconds"]
+  for row in (training, published):
+    del row["compile_seconds"]
   assert training == published
 
 
@@ -345,15 +348,15 @@ def test_every_row_of_the_published_table_fits_with_the_shipped_config():
   assert set(documented) == {"B/2", "L/2", "XL/2"}
   for name, slices in documented.items():
     config = load_config("imagenet256", name)
-    assert [told["slice"] for told in slices] == ["v5e-16", "v5e-256", "v6e-16", "v5p-16", "v4-32"]
-    for told in slices:
-      assert [program["program"] for program in told["programs"]] == ["training", "sampling", "decoding"]
-      mesh = sharding.make_mesh(**config.mesh, devices=open_slice(told["slice"]).devices)
-      training = told["programs"][0]
+    assert [one["slice"] for one in slices] == ["v5e-16", "v5e-256", "v6e-16", "v5p-16", "v4-32"]
+    for one in slices:
+      assert [program["program"] for program in one["programs"]] == ["training", "sampling", "decoding"]
+      mesh = sharding.make_mesh(**config.mesh, devices=open_slice(one["slice"]).devices)
+      training = one["programs"][0]
       assert training["mesh"] == dict(mesh.shape) and f"remat {config.model.remat}" in training["about"]
       assert training["images_per_chip"] * math.prod(mesh.shape.values()) == config.train.batch_size
-      for program in told["programs"]:
+      for program in one["programs"]:
         assert program["fits"] and program["memory"]["needed"] <= 0.95 * program["memory"]["usable"]
         assert np.isfinite(program["bound_seconds"])
-        row = f"| {name} | {told['slice']} | {program['program']} |"
+        row = f"| {name} | {one['slice']} | {program['program']} |"
         assert row in table and f"{program['memory']['needed'] / 2**30:.2f}" in table.split(row)[1].splitlines()[0]

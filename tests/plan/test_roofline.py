@@ -1,4 +1,4 @@
-"""Bounds by hand numbers, and operations against the compiler's count."""
+"""Bounds against numbers by hand, and FLOPs against the compiler's count."""
 
 import functools
 
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from eqm_jax.hardware import Chip
-from eqm_jax.networks import flops
+from eqm_jax.networks import flops as flops_lib
 from eqm_jax.networks.dit import REMAT_POLICIES, DiT
-from eqm_jax.plan import roofline
+from eqm_jax.plan import costs
 
 CHIP = Chip("by hand", flops=100.0, memory=1e9, memory_bandwidth=20.0, link_bandwidth=5.0, usable_memory=1e9)
 
 
 @pytest.mark.parametrize(
-  "operations, hbm, asynchronous, synchronous, seconds, limit",
+  "flops, hbm, asynchronous, synchronous, seconds, limit",
   [
     (1000, 100, 10, 0, 10, "arithmetic"),  # 10 s, 5 s, 2 s
     (1000, 300, 10, 0, 15, "HBM"),
@@ -26,23 +26,23 @@ CHIP = Chip("by hand", flops=100.0, memory=1e9, memory_bandwidth=20.0, link_band
   ],
 )
 def test_the_slowest_unit_bounds_and_synchronous_links_come_on_top(
-  operations, hbm, asynchronous, synchronous, seconds, limit
+  flops, hbm, asynchronous, synchronous, seconds, limit
 ):
-  bound = roofline.roofline(CHIP, operations, hbm, asynchronous, synchronous)
+  bound = costs.roofline(CHIP, flops, hbm, asynchronous, synchronous)
   assert (bound.seconds, bound.limit) == (seconds, limit)
 
 
 def test_the_critical_batch_computes_as_long_as_it_moves():
   # 40 bytes of HBM take 2 s, 15 of links 3 s; an image of 50 operations takes half a second.
-  assert roofline.critical_batch(CHIP, 50, 40, 0) == 4
-  assert roofline.critical_batch(CHIP, 50, 40, 15) == 6
-  batch = roofline.critical_batch(CHIP, 50, 40, 0)
+  assert costs.critical_batch(CHIP, 50, 40, 0) == 4
+  assert costs.critical_batch(CHIP, 50, 40, 15) == 6
+  batch = costs.critical_batch(CHIP, 50, 40, 0)
   assert batch * 50 / CHIP.flops == 40 / CHIP.memory_bandwidth
 
 
 @functools.cache
 def counted(model: DiT, batch: int = 2) -> float:
-  """Operations of a gradient, as the program has them before any optimisation; of one block: a loop is counted once."""
+  """FLOPs of a gradient, before any optimisation, for models of one block: a loop is counted once."""
   x, label = jnp.zeros((batch, *model.input_shape)), jnp.zeros(batch, jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), x, label)
 
@@ -53,16 +53,16 @@ def counted(model: DiT, batch: int = 2) -> float:
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
-def test_what_is_done_again_is_what_the_compiler_counts_more(remat):
+def test_rematerialised_flops_are_those_that_the_compiler_counts_more(remat):
   options = dict(input_size=16, channels=4, patch_size=1, width=128, depth=1, num_heads=2, num_classes=7)
   plain, model = DiT(**options), DiT(**options, remat=remat)
-  more, again = counted(model) - counted(plain), roofline.done_again(model)
+  more, repeated = counted(model) - counted(plain), costs.rematerialised_flops(model)
   # The compiler counts softmax, norms and activations too, which are a tenth of so narrow a block.
-  assert (again == 0) == (remat in ("none", "dots"))
-  assert 0.0 <= more - again < 0.15 * roofline.done_again(plain.clone(remat="full"))
-  np.testing.assert_allclose(flops.training(plain), counted(plain), rtol=0.15)
+  assert (repeated == 0) == (remat in ("none", "dots"))
+  assert 0.0 <= more - repeated < 0.15 * costs.rematerialised_flops(plain.clone(remat="full"))
+  np.testing.assert_allclose(flops_lib.training(plain), counted(plain), rtol=0.15)
 
 
 def test_an_evaluation_of_an_energy_is_its_gradient():
   options = dict(input_size=8, channels=4, patch_size=2, width=16, depth=1, num_heads=2, num_classes=7)
-  assert flops.evaluation(DiT(**options, energy="dot")) == 2 * flops.evaluation(DiT(**options))
+  assert flops_lib.evaluation(DiT(**options, energy="dot")) == 2 * flops_lib.evaluation(DiT(**options))

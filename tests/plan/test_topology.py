@@ -9,8 +9,7 @@ import pytest
 from conftest import ROOT, load_config
 from plans import flags_that_libtpu_knows, open_slice  # noqa: F401
 
-from eqm_jax import hardware
-from eqm_jax import programs as main_programs
+from eqm_jax import hardware, modes
 from eqm_jax.networks.dit import DiT
 from eqm_jax.plan import plan, programs, topology
 from eqm_jax.training import sharding
@@ -56,9 +55,9 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     ({"mesh.fsdp": 3, "mesh.data": -1}, "mesh data=-1, fsdp=3, tensor=1 needs 3 .* there are 4"),
     ({"mesh.data": 2, "mesh.fsdp": 2}, "needs 4 devices.* there are 16"),
     ({"train.batch_size": 24}, "batch size 24 does not divide over 16 devices"),
-    ({"train.accumulate": 32}, "16 devices .* in 32 parts"),
+    ({"train.grad_accum_steps": 32}, "16 devices .* in 32 microbatches"),
     ({"mesh.fsdp": 1, "mesh.tensor": 4}, "sharding rule .* tensor=4 does not divide"),
-    ({"model.channels": 16}, "the published autoencoder has 4"),
+    ({"model.channels": 16}, "model.channels = 16.* which has 4"),
     ({"samplers.published_b2.step_size": -1.0}, "samplers.published_b2: step_size"),
   ],
 )
@@ -74,13 +73,13 @@ def test_a_config_that_does_not_fit_a_slice_is_refused_before_compilation(tmp_pa
 @pytest.mark.parametrize("name", ["imagenet256", "imagenet512"])
 @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
 def test_shipped_configs_divide_over_the_slices_of_the_table(name, size):
-  """Which is all that can go wrong before compilation; docs/plan.md has what compilation tells."""
+  """Nothing else can go wrong before compilation; docs/plan.md has the figures of the compiled programs."""
   config = load_config(name, f"{size}/2")
   shapes = programs.state_shapes(config, DiT(**config.model))
   for where in ("v5e-16", "v5e-256", "v6e-16", "v5p-16", "v4-32"):
     mesh = sharding.make_mesh(**config.mesh, devices=open_slice(where).devices)
     sharding.state_shardings(shapes, config.sharding, mesh)
-    sharding.batch_sharding(mesh, config.train.batch_size, config.train.accumulate)
+    sharding.batch_sharding(mesh, config.train.batch_size, config.train.grad_accum_steps)
 
 
 def test_every_generation_has_its_rates():
@@ -92,21 +91,26 @@ def test_every_generation_has_its_rates():
 @pytest.mark.parametrize(
   "mode, arguments, text",
   [
-    ("plan", dict(checkpoint="x", topology="v5e-8"), "--checkpoint=x: a plan needs no weights"),
+    (
+      "plan",
+      dict(checkpoint="x", topology="v5e-8"),
+      "--checkpoint=x: --mode=plan takes no checkpoint: a plan needs no weights",
+    ),
     ("plan", dict(checkpoint=None), "--mode=plan needs --topology"),
-    ("sample", dict(checkpoint=None, topology="v5e-8"), "--topology and --search are for --mode=plan"),
-    ("train", dict(checkpoint=None, search=True), "--topology and --search are for --mode=plan"),
+    ("sample", dict(checkpoint=None, topology="v5e-8"), "--topology=v5e-8: --mode=sample has no such flag"),
+    ("train", dict(checkpoint=None, search=True), "--search: --mode=train has no such flag"),
   ],
 )
 def test_flags_that_do_not_belong_together_are_refused(tmp_path, mode, arguments, text):
   with pytest.raises(ValueError, match=re.escape(text)):
-    main_programs.run(mode, load_config("imagenet256", "S/2"), str(tmp_path), **arguments)
+    modes.run(mode, load_config("imagenet256", "S/2"), str(tmp_path), **arguments)
 
 
 def test_the_command_needs_nothing_set(tmp_path):
-  """On a machine without a TPU, and without a word of the environment; a mistake is told in one line."""
+  """A machine without a TPU and without settings in the environment will do; a mistake gives one line."""
   environment = {name: value for name, value in os.environ.items() if name not in topology.ENVIRONMENT}
   command = [sys.executable, "-m", "eqm_jax.main", "--config=configs/imagenet256.py:S/2", f"--workdir={tmp_path}"]
   command += ["--mode=plan", "--topology=v5e-8", "--config.mesh.data=3"]
-  told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-  assert told.returncode == 1 and "error: mesh data=3" in told.stderr and "Traceback" not in told.stderr, told.stderr
+  process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+  assert process.returncode == 1 and "error: mesh data=3" in process.stderr, process.stderr
+  assert "Traceback" not in process.stderr

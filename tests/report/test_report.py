@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import load_config
 
-from eqm_jax import programs
-from eqm_jax.report import lab, page, report, runs
+from eqm_jax import modes
+from eqm_jax.report import lab, page, report
 
 CLAIM = {
   "title": "A < B", "paper": "p", "criterion": "c", "verdict": "holds", "columns": ["a"], "rows": [["1 & 2"]],
@@ -29,14 +29,14 @@ CLAIM = {
   ],
 )
 def test_verdicts_weigh_the_gap_against_the_spread(ours, theirs, verdict):
-  assert lab.ahead(ours, theirs) == verdict
+  assert lab.lower(ours, theirs) == verdict
 
 
 def test_claims_of_several_parts():
   yes, part, no = "holds", "holds in part", "does not hold"
-  assert lab.jointly([yes, yes]) == lab.in_parts([yes, yes]) == yes
-  assert lab.jointly([yes, no]) == lab.jointly([part, no]) == lab.in_parts([no, no]) == no
-  assert lab.in_parts([yes, no]) == lab.jointly([yes, part]) == lab.in_parts([part, part]) == part
+  assert lab.all_of([yes, yes]) == lab.some_of([yes, yes]) == yes
+  assert lab.all_of([yes, no]) == lab.all_of([part, no]) == lab.some_of([no, no]) == no
+  assert lab.some_of([yes, no]) == lab.all_of([yes, part]) == lab.some_of([part, part]) == part
 
 
 def test_the_spread_is_that_of_a_sample():
@@ -44,25 +44,31 @@ def test_the_spread_is_that_of_a_sample():
 
 
 def test_the_page_shows_every_part_escaped():
-  text = page.page({"first": CLAIM}, {"made by": "python <x>"})
+  text = page.page("t & t", "d > d", {"command": "python <x>"}, {"first": CLAIM})
   for part in ("A &lt; B", "1 &amp; 2", 'src="figures/a.png"', "caption", "note", "python &lt;x&gt;", 'href="#first"'):
+    assert part in text
+  for part in ("<title>t &amp; t</title>", "<h1>t &amp; t</h1>", "<p>d &gt; d</p>"):
     assert part in text
   assert "A < B" not in text
 
 
-def small_config():
+def small_config(claims=()):
+  """The quick report with smaller models; `claims` are the names of others than its own."""
   config = load_config("report", "quick")
   config.model.update(width=16)
   config.train.steps = 4
   config.optimizer.warmup_steps = 1
   config.checkpoint.every = 2
-  config.report.update(samples=20, batch_size=20, evaluations=8, held_out=10)
+  config.report.update(num_samples=20, batch_size=20, max_nfe=8, num_held_out=10)
+  if claims:
+    with config.unlocked():
+      config.report.text.claims = {name: ("A < B", "p") for name in claims}
   return config
 
 
 @pytest.mark.slow
 def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
-  """A claim that fails costs that claim alone: models and finished claims are kept, and not made again."""
+  """A claim that fails costs that claim alone: models and finished claims are kept. Texts may change."""
   asked = []
 
   def measured(name, fails=False):
@@ -70,35 +76,41 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
       asked.append(name)
       if fails and len(asked) < 3:
         raise OSError("the disk is full")
-      return {**CLAIM, "numbers": instruments.over_seeds("eqm", max_evaluations=4)}
+      result = {key: value for key, value in CLAIM.items() if key not in ("title", "paper")}
+      return {**result, "numbers": instruments.metrics("eqm", max_nfe=4)}
 
     return claim
 
-  monkeypatch.setattr(runs, "CHANGES", {"eqm": {}})
+  monkeypatch.setattr(lab, "MODELS", {"eqm": {}})
   monkeypatch.setattr(report, "CLAIMS", {"first": (measured("first"), 1), "second": (measured("second", True), 1)})
   caplog.set_level(logging.INFO, "eqm_jax")
   with pytest.raises(OSError, match="disk is full"):
-    programs.run("report", small_config(), str(tmp_path), None)
+    modes.run("report", small_config(("first", "second")), str(tmp_path))
   assert "A &lt; B" in (tmp_path / "index.html").read_text()
-  programs.run("report", small_config(), str(tmp_path), None)
+  config = small_config(("first", "second"))
+  config.report.text.title = "another title"
+  modes.run("report", config, str(tmp_path))
+  assert "<h1>another title</h1>" in (tmp_path / "index.html").read_text()
   assert asked == ["first", "second", "second"]
   found = json.loads((tmp_path / "report.json").read_text())["claims"]
   assert list(found) == ["first", "second"] and found["second"]["numbers"]["frechet"][0] > 0
   lines = [record.getMessage() for record in caplog.records if "to do" in record.getMessage()]
   assert lines == ["to do: 1 models, 2 claims", "to do: 0 models, 1 claims"]
   assert any("left" in record.getMessage() for record in caplog.records)
-  other = small_config()
+  other = small_config(("first", "second"))
   other.train.steps = 5
-  with pytest.raises(ValueError, match="another config: train.steps: 4 there, 5 given"):
-    programs.run("report", other, str(tmp_path), None)
+  with pytest.raises(ValueError, match="another config: train.steps: 4 in the workdir, 5 in this config"):
+    modes.run("report", other, str(tmp_path))
 
 
 @pytest.mark.parametrize(
   "key, value, message",
   [
     ("report.seeds", 0, "report.seeds = 0"),
-    ("report.samples", 10, "report.samples = 10 must be at least 20"),
+    ("report.num_samples", 10, "report.num_samples = 10 must be at least 20"),
     ("report.step_size", -1.0, "step_size = -1"),
+    ("report.composed_labels", (3,), r"composed_labels = \(3,\) must be two labels"),
+    ("report.composed_labels", (3, 10), "composed_labels = 10 must be in"),
     ("data.options.part", "all", "data.options.part = 'all'"),
     ("objective.schedule.multiplier", 2.0, "multiplier = 2.0, but the report's claims are about 4.0"),
   ],
@@ -107,22 +119,22 @@ def test_bad_input_is_refused(tmp_path, key, value, message):
   config = small_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=message):
-    programs.run("report", config, str(tmp_path), None)
+    modes.run("report", config, str(tmp_path))
   with pytest.raises(ValueError, match="trains its own models"):
-    programs.run("report", config, str(tmp_path), "x.pt")
+    modes.run("report", config, str(tmp_path), "x.pt")
 
 
 def test_other_configs_are_told_where_to_go(tmp_path):
   with pytest.raises(ValueError, match="no section 'report': use --config=configs/report.py"):
-    programs.run("report", load_config("digits"), str(tmp_path), None)
+    modes.run("report", load_config("digits"), str(tmp_path))
 
 
 def test_models_differ_in_what_they_are_compared_by_alone():
   """Same network, data, steps and seed for all: the changes touch the objective and what it needs."""
   config = load_config("report")
-  made = runs.Runs(config, "/nowhere")
-  for name in runs.CHANGES:
-    one = made.config_of(name, 1)
+  made = lab.Models(config, "/nowhere")
+  for name in lab.MODELS:
+    one = made.config(name, 1)
     assert one.seed == 1 and one.data == config.data and one.optimizer == config.optimizer
     assert one.train.steps == config.train.steps
     same = {**one.model.to_dict(), "time_input": False, "energy": "none"}

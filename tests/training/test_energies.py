@@ -1,4 +1,4 @@
-"""Training explicit energies, warm starts, and samples at γ = 1."""
+"""Training explicit energies, starting from other weights, and samples at γ = 1."""
 
 import functools
 
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from conftest import load_config
 
-from eqm_jax.data import shipped
+from eqm_jax.checkpoints import pretrained
+from eqm_jax.data import builtin
 from eqm_jax.equilibrium import objective
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import pretrained, step, train
+from eqm_jax.training import step, train
 
 
 def small_config(energy: str = "none", **changes):
@@ -32,10 +33,9 @@ def implicit(tmp_path_factory):
 
 def loss_of(config, params) -> float:
   """The loss on all the digits, always with the same noise."""
-  digits = shipped.digits()
+  digits = builtin.digits()
   batch = {"image": jnp.asarray(digits.images), "label": jnp.asarray(digits.labels)}
-  model, schedule = DiT(**config.model), objective.Schedule()
-  loss_fn = functools.partial(step.batch_loss, model, config.objective, schedule, batch, jax.random.key(1))
+  loss_fn = functools.partial(step.batch_loss, DiT(**config.model), config.objective, batch, jax.random.key(1))
   return float(jax.jit(loss_fn)(params))
 
 
@@ -47,12 +47,12 @@ def test_an_energy_learns_from_a_zero_output_layer(form, order, tmp_path):
   config = small_config(form, **{"objective.second_order": order, "train.steps": 100, "checkpoint.every": 100})
   train.train(config, str(tmp_path))
   trained = pretrained.load(tmp_path)
-  zero = objective.mean_square_magnitude(objective.Schedule()) * (1 + np.mean(shipped.digits().images ** 2))
+  zero = objective.mean_square_magnitude(objective.Schedule()) * (1 + np.mean(builtin.digits().images ** 2))
   assert trained.model.energy == form and loss_of(config, trained.params) < 0.9 * zero
 
 
 @pytest.mark.slow
-def test_l2_learns_from_a_warm_start(implicit, tmp_path):
+def test_l2_learns_from_the_weights_of_an_implicit_model(implicit, tmp_path):
   """It starts at the weights of the implicit model, and gets better than these are as an energy."""
   config = small_config("l2", **{"train.init_from": implicit, "train.steps": 100, "checkpoint.every": 100})
   train.train(config, str(tmp_path))
@@ -62,7 +62,7 @@ def test_l2_learns_from_a_warm_start(implicit, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_warm_start_begins_with_the_average_of_the_other_model(implicit, tmp_path):
+def test_a_run_with_init_from_begins_with_the_average_of_the_other_model(implicit, tmp_path):
   config = small_config(**{"train.init_from": implicit, "train.steps": 1, "checkpoint.every": 1})
   config.optimizer.update(warmup_steps=1)  # the first step has learning rate 0
   train.train(config, str(tmp_path))
@@ -73,7 +73,7 @@ def test_a_warm_start_begins_with_the_average_of_the_other_model(implicit, tmp_p
 
 
 def test_l2_refuses_an_output_layer_of_zeros(tmp_path):
-  with pytest.raises(ValueError, match="output layer of zeros.*[Ww]arm-start.*train.init_from"):
+  with pytest.raises(ValueError, match="output layer of zeros.*[Ss]tart from.*train.init_from"):
     train.train(small_config("l2"), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
   model = DiT(**small_config().model)
@@ -84,16 +84,16 @@ def test_l2_refuses_an_output_layer_of_zeros(tmp_path):
     train.train(config, str(tmp_path / "run"))
 
 
-def test_a_share_at_gamma_one_has_nothing_to_learn_but_rest():
-  """All of it clean: the target is zero, which a network that answers zero meets exactly."""
-  config = small_config(**{"objective.clean_share": 1.0})
+def test_samples_at_gamma_one_teach_a_field_of_zero():
+  """With clean samples alone the target is zero, which a network with output zero meets exactly."""
+  config = small_config(**{"objective.clean_fraction": 1.0})
   model = DiT(**config.model)
   batch = {"image": jnp.ones((8, 8, 8, 1)), "label": jnp.zeros(8, jnp.int32)}
   params = jax.jit(model.init)(jax.random.key(0), batch["image"], batch["label"])["params"]
 
-  def loss(share):
-    config.objective.clean_share = share
-    arguments = model, config.objective, objective.Schedule(), batch, jax.random.key(1)
+  def loss(clean_fraction):
+    config.objective.clean_fraction = clean_fraction
+    arguments = model, config.objective, batch, jax.random.key(1)
     return jax.jit(functools.partial(step.batch_loss, *arguments))(params)
 
   none, half, every = map(loss, (0.0, 0.5, 1.0))
@@ -105,9 +105,9 @@ def test_a_share_at_gamma_one_has_nothing_to_learn_but_rest():
   [
     ({"model.energy": "cubic"}, "energy = 'cubic'"),
     ({"model.energy": "dot", "objective.kind": "flow_matching"}, "needs objective.kind = 'equilibrium'"),
-    ({"model.energy": "dot", "objective.dispersive_weight": 0.5}, "dispersive_weight is for implicit"),
-    ({"objective.second_order": "sideways"}, "second_order = 'sideways' is not one of"),
-    ({"objective.clean_share": 1.0}, "clean_share = 1.0 must lie in"),
+    ({"model.energy": "dot", "objective.dispersive_weight": 0.5}, "dispersive_weight = 0.5 is for implicit"),
+    ({"objective.second_order": "sideways"}, "second_order = 'sideways' must be one of"),
+    ({"objective.clean_fraction": 1.0}, r"clean_fraction = 1.0 must be in \[0, 1\)"),
     ({"train.init_from": "nowhere"}, "nowhere: no such model"),
   ],
 )
@@ -116,6 +116,6 @@ def test_what_cannot_be_trained_is_refused(changes, text, tmp_path):
     train.train(small_config(**changes), str(tmp_path))
 
 
-def test_a_warm_start_of_another_shape_is_refused(implicit, tmp_path):
-  with pytest.raises(ValueError, match=r"parameter \S+ is \(.*\) there and \(.*\) in this model"):
+def test_init_params_of_another_shape_are_refused(implicit, tmp_path):
+  with pytest.raises(ValueError, match=r"parameter \S+ is \(.*\), but \(.*\) in this model"):
     train.train(small_config(**{"model.width": 32, "train.init_from": implicit}), str(tmp_path))

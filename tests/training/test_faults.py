@@ -1,4 +1,4 @@
-"""What happens to machines: kills, full and lying disks, gradients that are not finite, two runs in one place."""
+"""Faults: kills, full and damaged disks, gradients that are not finite, two runs in one workdir."""
 
 import json
 import os
@@ -17,15 +17,17 @@ import numpy as np
 import pytest
 from conftest import ROOT, final_state, load_config
 
+from eqm_jax.checkpoints import manager as checkpoint_manager
+from eqm_jax.checkpoints import pretrained
 from eqm_jax.data import sources
-from eqm_jax.files import claimed
+from eqm_jax.io import workdir_lock
 from eqm_jax.networks import dit
-from eqm_jax.training import checkpoint, pretrained, tracing, train
+from eqm_jax.training import profiler, train
 
 # One run, as a config and as the flags that make the same config in another process.
 RUN = {
   "model.width": 16, "model.depth": 2, "model.num_heads": 2, "train.steps": 400, "train.batch_size": 8,
-  "train.log_every": 5, "checkpoint.every": 20, "evaluation.samples": 0,
+  "train.log_every": 5, "checkpoint.every": 20, "evaluation.num_samples": None,
 }  # fmt: skip
 
 
@@ -53,16 +55,16 @@ class Run:
       assert time.monotonic() - begin < timeout, "".join(self.lines)
       time.sleep(0.001)
 
-  def tells(self, text: str):
+  def logs(self, text: str):
     return lambda: any(text in line for line in list(self.lines))
 
   def saves(self):
     """Holds while a checkpoint is being written."""
     directory = self.workdir / "checkpoints"
-    known = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    before = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
 
     def begun():
-      return directory.is_dir() and any("tmp" in p.name and p.name not in known for p in directory.iterdir())
+      return directory.is_dir() and any("tmp" in p.name and p.name not in before for p in directory.iterdir())
 
     return begun
 
@@ -97,17 +99,17 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(uninterrup
     run = Run(tmp_path)
     begins_saving = run.saves()
     if moment == "resuming":
-      run.wait_for(run.tells("sharding, and"))  # the last line before the checkpoint is read
+      run.wait_for(run.logs("sharding, and"))  # the last line before the checkpoint is read
     elif moment == "saving":
       run.wait_for(begins_saving)
     else:
-      run.wait_for(lambda run=run: run.tells("loss")() and checkpoint.steps(str(tmp_path)))
+      run.wait_for(lambda run=run: run.logs("loss")() and checkpoint_manager.steps(str(tmp_path)))
     time.sleep(chance.uniform(0, {"training": 0.3, "saving": 0.05, "resuming": 1.5}[moment]))
     assert run.end(signal.SIGKILL) == -signal.SIGKILL, f"the run ended before kill {kill}: {''.join(run.lines)}"
     aimed[moment] += 1
-    resumed += run.tells("resumed from")()
-    assert not run.tells("damaged")(), "a kill leaves no half a checkpoint"
-  steps = checkpoint.steps(str(tmp_path))
+    resumed += run.logs("resumed from")()
+    assert not run.logs("damaged")(), "a kill leaves no half a checkpoint"
+  steps = checkpoint_manager.steps(str(tmp_path))
   assert steps and steps[-1] < RUN["train.steps"]
   assert train.train(config_of(), str(tmp_path))
   same = final_state(tmp_path) == final_state(uninterrupted)
@@ -119,10 +121,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(uninterrup
 
 def test_sigterm_saves_and_exits_zero(uninterrupted, tmp_path):
   run = Run(tmp_path)
-  run.wait_for(run.tells("loss"))
+  run.wait_for(run.logs("loss"))
   assert run.end(signal.SIGTERM) == 0, "".join(run.lines)
-  step = checkpoint.steps(str(tmp_path))[-1]
-  assert run.tells(f"SIGTERM: saved step {step}")() and step < RUN["train.steps"]
+  step = checkpoint_manager.steps(str(tmp_path))[-1]
+  assert run.logs(f"SIGTERM: saved step {step}")() and step < RUN["train.steps"]
   assert train.train(config_of(), str(tmp_path))
   assert final_state(tmp_path) == final_state(uninterrupted)
 
@@ -136,7 +138,7 @@ def truncate(directory: pathlib.Path):
 
 
 def flip_a_saved_bit(directory: pathlib.Path):
-  """As if the arrays had lost a bit where no format notices: on their way through a memory or a network."""
+  """As if a memory or a network had changed the arrays, where no file format notices."""
   path = next((directory / "checksums").iterdir())
   saved = json.loads(path.read_text())
   saved["ema_params/blocks/qkv/kernel"] ^= 1 << 7
@@ -156,7 +158,7 @@ SLOWER = [pytest.param(damage, marks=pytest.mark.slow) for damage in (truncate, 
 
 
 @pytest.mark.parametrize("damage", [flip_a_saved_bit, *SLOWER])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(uninterrupted, tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(uninterrupted, tmp_path, caplog, damage):
   workdir = tmp_path / "run"
   shutil.copytree(uninterrupted, workdir)
   damage(workdir / "checkpoints" / "400")
@@ -166,7 +168,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(uninterrupted, 
   caplog.clear()
   assert train.train(config_of(), str(workdir))
   assert "checkpoints/400: damaged checkpoint" in caplog.text
-  assert (workdir / checkpoint.DAMAGED / "400").is_dir() and checkpoint.steps(str(workdir)) == [380, 400]
+  assert (workdir / checkpoint_manager.DAMAGED / "400").is_dir() and checkpoint_manager.steps(str(workdir)) == [
+    380,
+    400,
+  ]
   assert final_state(workdir) == final_state(uninterrupted), "the steps after 380 were taken again"
 
 
@@ -174,7 +179,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(uninterrupted, tmp_path, caplog)
   """Bits anywhere in the newest checkpoint's files."""
   chance, outcomes = random.Random(0), {"noticed": 0, "harmless": 0}
   shapes = dit.parameter_shapes(dit.DiT(**config_of().model))
-  whole, step = checkpoint.restore_params(str(uninterrupted), "ema_params", shapes)
+  whole, step = checkpoint_manager.restore_params(str(uninterrupted), "ema_params", shapes)
   newest = uninterrupted / "checkpoints" / str(step)
   files = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.stat().st_size and "d" in path.parts]
   for flip in range(30):
@@ -185,7 +190,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(uninterrupted, tmp_path, caplog)
     shutil.copytree(newest, damaged / "checkpoints" / "400")
     (damaged / "checkpoints" / "400" / path.relative_to(newest)).write_bytes(content)
     try:
-      found, _ = checkpoint.restore_params(str(damaged), "ema_params", shapes)
+      found, _ = checkpoint_manager.restore_params(str(damaged), "ema_params", shapes)
     except ValueError as error:
       assert "400: damaged checkpoint" in str(error) and "\n" not in str(error)
       outcomes["noticed"] += 1
@@ -207,7 +212,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_changed(uninterrupted, tmp_pa
   for _ in range(2):
     with pytest.raises(ValueError, match=r"no checkpoint can be read, of steps \[400, 380\]"):
       train.train(config_of(), str(workdir))
-  assert checkpoint.steps(str(workdir)) == [380, 400] and not (workdir / checkpoint.DAMAGED).exists()
+  assert checkpoint_manager.steps(str(workdir)) == [380, 400] and not (workdir / checkpoint_manager.DAMAGED).exists()
   assert losses(workdir) == losses(uninterrupted)
 
 
@@ -225,7 +230,7 @@ ls "$DISK"/run/checkpoints >&2
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_older_checkpoints_stay(tmp_path):
+def test_a_full_disk_is_reported_and_older_checkpoints_stay(tmp_path):
   if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True).returncode:
     pytest.skip("this machine lets no test mount a small disk")
   flags = [f"--config.{name}={value}" for name, value in RUN.items()]
@@ -242,19 +247,22 @@ def test_a_full_disk_is_told_and_older_checkpoints_stay(tmp_path):
     cwd=ROOT, env={**os.environ, "DISK": str(tmp_path)}, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
   assert finished.returncode == 0, finished.stderr
-  (told,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-  assert "be written" in told and "No space left" in told and str(tmp_path) in told
-  if "checkpoints: " in told:  # it was not the metrics that met the end of the disk first
-    assert "Those of steps [20, 40" in told
+  (message,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+  assert "be written" in message and "No space left" in message and str(tmp_path) in message
+  if "checkpoints: " in message:  # it was not the metrics that met the end of the disk first
+    assert "Those of steps [20, 40" in message
   assert "resumed from step" in finished.stderr and finished.stderr.splitlines()[-1].strip().isdigit()
   assert "step 400/400" in finished.stderr
 
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- workdirs
 
 
 def test_two_runs_on_one_workdir_are_refused(tiny_config, tmp_path):
-  with claimed(str(tmp_path)), pytest.raises(ValueError, match=rf"another run is at work here \(process {os.getpid()}"):
+  with (
+    workdir_lock(str(tmp_path)),
+    pytest.raises(ValueError, match=rf"another run is at work here \(process {os.getpid()}"),
+  ):
     train.train(tiny_config, str(tmp_path))
   tiny_config.train.steps = 2
   assert train.train(tiny_config, str(tmp_path))
@@ -263,13 +271,16 @@ def test_two_runs_on_one_workdir_are_refused(tiny_config, tmp_path):
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
   place = tmp_path / "file"
   place.write_text("no directory")
-  with pytest.raises(ValueError, match="file/run: cannot be written .*another --workdir"), claimed(str(place / "run")):
+  with (
+    pytest.raises(ValueError, match="file/run: cannot be written .*another --workdir"),
+    workdir_lock(str(place / "run")),
+  ):
     pass
   with tempfile.TemporaryDirectory() as guarded:  # where another user may look, unlike tmp_path
     os.chmod(guarded, 0o555)
     # Root may write anywhere.
-    program = "import os, sys; from eqm_jax.files import claimed\nif os.geteuid() == 0: os.setuid(65534)\n"
-    program += "with claimed(sys.argv[1]): print('claimed')"
+    program = "import os, sys; from eqm_jax.io import workdir_lock\nif os.geteuid() == 0: os.setuid(65534)\n"
+    program += "with workdir_lock(sys.argv[1]): print('locked')"
     finished = subprocess.run([sys.executable, "-c", program, guarded], cwd=ROOT, capture_output=True, text=True)
   assert f"{guarded}: cannot be written (Permission denied)" in finished.stderr, finished.stderr
 
@@ -286,7 +297,7 @@ def spoilt(tiny_config, monkeypatch):
     class Spoilt:
       def __init__(self, source):
         self._source = source
-        self.num_classes, self.shape, self.autoencoder = source.num_classes, source.shape, source.autoencoder
+        self.num_classes, self.shape, self.autoencoder_id = source.num_classes, source.shape, source.autoencoder_id
 
       def __len__(self):
         return 24
@@ -303,52 +314,58 @@ def spoilt(tiny_config, monkeypatch):
 
 
 @pytest.mark.slow
-def test_spoilt_batches_are_left_out_told_and_counted(spoilt, tmp_path, caplog):
+def test_spoilt_batches_are_skipped_logged_and_counted(spoilt, tmp_path, caplog):
   config = spoilt(5)  # in one of the three batches of each epoch
-  config.optimizer.skip_nonfinite = 2
+  config.optimizer.max_skipped_batches = 2
   assert train.train(config, str(tmp_path))
   records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert records[-1]["skipped"] == 4 == sum(record["loss"] is None for record in records)
-  assert caplog.text.count("this batch is left out") == 4
+  assert records[-1]["skipped_batches"] == 4 == sum(record["loss"] is None for record in records)
+  assert caplog.text.count("this batch is skipped") == 4
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(pretrained.load(tmp_path).params))
 
 
 @pytest.mark.slow
 def test_too_many_spoilt_batches_in_a_row_end_the_run(spoilt, tmp_path):
   config = spoilt(*range(24))
-  config.optimizer.skip_nonfinite, config.checkpoint.every = 2, 1
+  config.optimizer.max_skipped_batches, config.checkpoint.every = 2, 1
   with pytest.raises(FloatingPointError, match="step 3: .*nan.*stopped"):
     train.train(config, str(tmp_path))
-  assert checkpoint.steps(str(tmp_path)) == [1, 2]
+  assert checkpoint_manager.steps(str(tmp_path)) == [1, 2]
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(pretrained.load(tmp_path).params))
 
 
 @pytest.mark.slow
-def test_without_leave_the_first_spoilt_batch_ends_the_run(spoilt, tmp_path):
+def test_by_default_the_first_spoilt_batch_ends_the_run(spoilt, tmp_path):
   with pytest.raises(FloatingPointError, match="step [123]: .*loss = nan"):
     train.train(spoilt(5), str(tmp_path))
 
 
-# ---------------------------------------------------------------- looking inside
+# ---------------------------------------------------------------- traces
 
 
 @pytest.mark.slow
 def test_a_trace_of_the_steps_that_were_asked_for(tmp_path):
   run = Run(tmp_path, **{"train.steps": 9, "train.profile": "(2,3)", "optimizer.warmup_steps": 1})
   assert run.end() == 0, "".join(run.lines)
-  assert list((tmp_path / tracing.DIRECTORY).rglob("*.xplane.pb"))
-  assert run.tells("trace of steps 2 to 3")()
+  assert list((tmp_path / profiler.DIRECTORY).rglob("*.xplane.pb"))
+  assert run.logs("trace of steps 2 to 3")()
 
 
 def test_a_trace_that_would_crash_is_refused(tmp_path, monkeypatch):
   """libtpu's profiler takes the process with it where there is no TPU."""
-  monkeypatch.setitem(sys.modules, "libtpu", tracing)
-  with pytest.raises(ValueError, match="JAX_PLATFORMS=cpu"):
-    tracing.Trace((1, 2), str(tmp_path))
+  monkeypatch.setitem(sys.modules, "libtpu", profiler)
+  profiler.Profiler((1, 2), str(tmp_path))  # the tests run with JAX_PLATFORMS=cpu
+  platforms = jax.config.jax_platforms
+  jax.config.update("jax_platforms", None)
+  try:
+    with pytest.raises(ValueError, match="JAX_PLATFORMS=cpu"):
+      profiler.Profiler((1, 2), str(tmp_path))
+  finally:
+    jax.config.update("jax_platforms", platforms)
 
 
-@pytest.mark.parametrize("steps", [(3, 2), (0, 2), (1,), (-1, 4)])
-def test_traces_that_cannot_be_are_refused(tiny_config, tmp_path, steps):
+@pytest.mark.parametrize("steps", [(3, 2), (0, 2), (0, 0), (1,), (-1, 4)])
+def test_bad_steps_of_a_trace_are_refused(tiny_config, tmp_path, steps):
   tiny_config.train.profile = steps
-  with pytest.raises(ValueError, match="train.profile = .* must be a first and a last step"):
+  with pytest.raises(ValueError, match="train.profile = .* must be a first and a last step, or None"):
     train.train(tiny_config, str(tmp_path))

@@ -1,22 +1,20 @@
 """One device and eight: losses, gradients and runs on every kind of mesh, and samples."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import environment
+from conftest import run_python
 
-# Trains on each mesh, and writes what came out: losses, parameters, a gradient, samples, and where arrays lay.
+# Trains on each mesh, and writes losses, parameters, a gradient, samples, and how much one device holds.
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from conftest import load_config
-from eqm_jax.equilibrium import objective
-from eqm_jax.evaluation import samplers
+from eqm_jax.sampling.generator import Generator
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import checkpoint, pretrained, sharding, state, step, train
+from eqm_jax.checkpoints import manager as checkpoint_manager, pretrained
+from eqm_jax.training import sharding, state, step, train
 
 workdir, runs = sys.argv[1], json.loads(sys.argv[2])
 rules = load_config("imagenet256", "B/2").sharding.rules
@@ -33,11 +31,10 @@ def gradient(config):
   init = jax.jit(lambda: perturbed(state.init_state(model, optimizer, 0).params), out_shardings=shardings.params)
   batch = {"image": np.linspace(-1, 1, 16 * 64, dtype=np.float32).reshape(16, 8, 8, 1), "label": np.arange(16) % 10}
   batch = jax.device_put(batch, sharding.batch_sharding(mesh, 16))
-  schedule = objective.Schedule(**config.objective.schedule)
 
   def loss_fn(params, batch):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return step.batch_loss(model, config.objective, schedule, batch, jax.random.key(1), params)
+      return step.batch_loss(model, config.objective, batch, jax.random.key(1), params)
 
   share = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(init())) / sum(
     leaf.size for leaf in jax.tree.leaves(shapes.params)
@@ -64,13 +61,12 @@ for name, changes in runs.items():
 if not sys.argv[3]:
   sys.exit()
 trained = pretrained.load(f"{workdir}/{sys.argv[3]}")
-batching = samplers.Batching(16, jax.random.key(0), 4.0)
+generator = Generator(trained.model, trained.params, jax.random.key(0), batch_size=16, multiplier=4.0)
 x = {}
-for name, changes in {"stream": {}, "lockstep": {"streaming": False}, "heun": {"rule": "heun"}}.items():
+for name, changes in {"continuous": {}, "static": {"batching": "static"}, "heun": {"rule": "heun"}}.items():
   row = config.samplers.gd.copy_and_resolve_references()
   row.update(changes)
-  drawn = samplers.draw(name, row, trained.model, trained.params, np.arange(24, dtype=np.int32) % 10, batching)
-  x[name] = drawn.result.x
+  x[name] = generator.samples(name, row, np.arange(24, dtype=np.int32) % 10).result.x
 np.savez(f"{workdir}/samples_{jax.device_count()}.npz", **x)
 """
 
@@ -87,9 +83,7 @@ MESHES = {  # changes of the config, and the share of the parameters that a devi
 
 
 def run(directory, devices: int, runs: dict[str, dict], sampled: str = ""):
-  command = [sys.executable, "-c", PROGRAM, str(directory), json.dumps(runs), sampled]
-  finished = subprocess.run(command, env=environment(devices), capture_output=True, text=True, timeout=600)
-  assert finished.returncode == 0, finished.stderr
+  run_python("-c", PROGRAM, directory, json.dumps(runs), sampled, devices=devices, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +97,9 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_meshes(workdir):
-  run(workdir, 1, {"plain": PLAIN, "in parts": {"train.accumulate": 4, **PLAIN}}, "one")
-  spread_out = {"in parts, spread out": {"train.accumulate": 4, **PLAIN, **MESHES[TENSOR][0]}}
-  run(workdir, 8, {name: changes for name, (changes, _) in MESHES.items() if name != TENSOR} | spread_out, "one")
+  run(workdir, 1, {"plain": PLAIN, "microbatches": {"train.grad_accum_steps": 4, **PLAIN}}, "one")
+  sharded = {"microbatches, sharded": {"train.grad_accum_steps": 4, **PLAIN, **MESHES[TENSOR][0]}}
+  run(workdir, 8, {name: changes for name, (changes, _) in MESHES.items() if name != TENSOR} | sharded, "one")
   return workdir
 
 
@@ -138,8 +132,8 @@ def test_every_mesh_does_what_one_device_does(all_meshes, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["in parts", "in parts, spread out"])
-def test_a_run_in_parts_of_batches_is_the_run(all_meshes, name):
+@pytest.mark.parametrize("name", ["microbatches", "microbatches, sharded"])
+def test_a_run_in_microbatches_is_the_run(all_meshes, name):
   found = differences(all_meshes, name, "plain")
   assert found["losses"] < 2e-5 and found["params"] < 1e-3
 
@@ -149,4 +143,4 @@ def test_samples_do_not_depend_on_the_number_of_devices(all_meshes):
   one, eight = (np.load(all_meshes / f"samples_{count}.npz") for count in (1, 8))
   for name in one:
     np.testing.assert_allclose(eight[name], one[name], atol=1e-4)
-  np.testing.assert_allclose(one["stream"], one["lockstep"], atol=1e-4)
+  np.testing.assert_allclose(one["continuous"], one["static"], atol=1e-4)

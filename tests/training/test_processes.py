@@ -1,47 +1,37 @@
-"""Runs of several real processes of one machine, which find each other on a port of it."""
+"""Runs of several real processes of one machine, which connect on one of its ports."""
 
 import json
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, environment, free_port, load_config
+from conftest import ended, free_port, load_config, start_python
 
-from eqm_jax import devices, programs
-from eqm_jax.files import claimed
-from eqm_jax.training import checkpoint, pretrained, train
+from eqm_jax import distributed, modes
+from eqm_jax.checkpoints import manager as checkpoint_manager
+from eqm_jax.checkpoints import pretrained
+from eqm_jax.io import workdir_lock
+from eqm_jax.training import train
 
 RUN = {
   "model.width": 16, "model.depth": 1, "model.num_heads": 2, "train.batch_size": 8, "train.log_every": 1,
-  "checkpoint.every": 5, "evaluation.samples": 0,
+  "checkpoint.every": 5, "evaluation.num_samples": None,
 }  # fmt: skip
 
 
 def start(workdir, count: int, devices: int = 1, **changes) -> list[subprocess.Popen]:
   """The processes of one run."""
   flags = [f"--config.{name}={value}" for name, value in (RUN | changes).items()]
-  command = [sys.executable, "-m", "eqm_jax.main", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *flags]
-  told = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={count}"]
-  return [
-    subprocess.Popen(
-      [*command, *told, f"--process_id={i}"], cwd=ROOT, env=environment(devices), stderr=subprocess.PIPE, text=True
-    )
-    for i in range(count)
-  ]
+  arguments = ["--config=configs/digits.py:smoke", f"--workdir={workdir}", *flags]
+  return start_python("-m", "eqm_jax.main", *arguments, processes=count, devices=devices)
 
 
-def ended(processes: list[subprocess.Popen], timeout: float = 200) -> list[str]:
-  """What each wrote to stderr, once all have ended."""
-  try:
-    return [process.communicate(timeout=timeout)[1] for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
+def stderr_of(finished: list[subprocess.CompletedProcess]) -> list[str]:
+  return [one.stderr for one in finished]
 
 
 def wait_for_step(processes: list[subprocess.Popen], workdir: pathlib.Path, step: int, timeout: float = 200):
@@ -60,9 +50,8 @@ def preempted(workdir, count: int, since: int = 0, **mesh: int) -> int:
   running = start(workdir, count, 2, **LONG, **{f"mesh.{axis}": size for axis, size in mesh.items()})
   wait_for_step(running, workdir, since + 7)
   running[-1].send_signal(signal.SIGTERM)
-  output = ended(running)
-  assert [process.returncode for process in running] == [0] * count, output
-  saved = checkpoint.steps(str(workdir))[-1]
+  output = stderr_of(ended(running))
+  saved = checkpoint_manager.steps(str(workdir))[-1]
   assert f"SIGTERM: saved step {saved}" in output[0] and since < saved < LONG["train.steps"]
   # Only the first process tells and writes.
   assert f"step {since + 1}/" in output[0] and not any(f"step {since + 1}/" in other for other in output[1:])
@@ -73,7 +62,7 @@ def preempted(workdir, count: int, since: int = 0, **mesh: int) -> int:
 
 def check_against_one_process(workdir, tmp_path, saved: int, monkeypatch):
   """Ends the run in this process, and compares it with one that never knew another."""
-  monkeypatch.setattr(train.checks, "check_same_run", lambda *_: None)  # it would refuse the shorter run
+  monkeypatch.setattr(train.validation, "check_same_run", lambda *_: None)  # it would refuse the shorter run
   config = load_config("digits", "smoke")
   config.update_from_flattened_dict(RUN | LONG | {"train.steps": saved + 10})
   records = []
@@ -104,21 +93,22 @@ def test_four_processes_then_two_then_one(tmp_path, monkeypatch):
 # Goes on with a run; the second process cannot read its part of the newest checkpoint.
 UNREADABLE = """
 import sys
-from conftest import load_config
-from eqm_jax import devices
-from eqm_jax.training import checkpoint, train
+from conftest import connection, load_config
+from eqm_jax import distributed
+from eqm_jax.checkpoints import manager as checkpoint_manager
+from eqm_jax.training import train
 
-with devices.joined(sys.argv[2], 2, int(sys.argv[3])):
-  read = checkpoint._read
+with distributed.initialized(*connection()):
+  read = checkpoint_manager._read
 
   def failing(directory, shapes):
-    if directory.endswith("/10") and devices.process()[0] == 1:
-      raise checkpoint.DamagedCheckpoint(f"{directory}: damaged checkpoint (for a test)")
+    if directory.endswith("/10") and distributed.process_index_and_count()[0] == 1:
+      raise checkpoint_manager.DamagedCheckpoint(f"{directory}: damaged checkpoint (for a test)")
     return read(directory, shapes)
 
-  checkpoint._read = failing
+  checkpoint_manager._read = failing
   config = load_config("digits", "smoke")
-  config.update_from_flattened_dict(eval(sys.argv[4]))
+  config.update_from_flattened_dict(eval(sys.argv[2]))
   assert train.train(config, sys.argv[1])
 """
 
@@ -129,18 +119,10 @@ def test_what_one_process_cannot_read_no_process_uses(tmp_path, monkeypatch):
   config = load_config("digits", "smoke")
   config.update_from_flattened_dict(changes)
   assert train.train(config, str(tmp_path / "run"))
-  told = [str(tmp_path / "run"), f"localhost:{free_port()}"]
-  running = [
-    subprocess.Popen(
-      [sys.executable, "-c", UNREADABLE, *told, str(i), repr(changes | {"mesh.data": 1, "mesh.fsdp": -1})],
-      env=environment(), stderr=subprocess.PIPE, text=True,
-    )
-    for i in range(2)
-  ]  # fmt: skip
-  output = ended(running)
-  assert not any(process.returncode for process in running), output
+  changes |= {"mesh.data": 1, "mesh.fsdp": -1}
+  output = stderr_of(ended(start_python("-c", UNREADABLE, tmp_path / "run", changes, processes=2)))
   assert "damaged checkpoint, as another process finds" in output[0] and "(for a test)" in output[1]
-  assert (tmp_path / "run" / checkpoint.DAMAGED / "10").is_dir()
+  assert (tmp_path / "run" / checkpoint_manager.DAMAGED / "10").is_dir()
   steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert steps == list(range(1, 11))
 
@@ -151,28 +133,29 @@ def test_when_a_process_dies_the_others_stop_with_a_message(tmp_path, killed):
   running = start(tmp_path, 2, **LONG, **{"mesh.data": 2})
   wait_for_step(running, tmp_path, 3)
   running[killed].kill()
-  output = ended(running)
-  assert running[1 - killed].returncode not in (0, None)
-  assert "one of them ended" in output[1 - killed] or "JAX distributed service" in output[1 - killed], output
+  survivor = ended(running, status=None)[1 - killed]
+  assert survivor.returncode != 0
+  assert "one of them ended" in survivor.stderr or "JAX distributed service" in survivor.stderr, survivor.stderr
 
 
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_all(tmp_path):
-  """Only the first claims the workdir; the others hear of it as of a death."""
-  with claimed(str(tmp_path)):
-    running = start(tmp_path, 2, **LONG, **{"mesh.data": 2})
-    output = ended(running)
-  assert all(process.returncode for process in running)
+  """Only the first locks the workdir; to the others its end looks like a death."""
+  with workdir_lock(str(tmp_path)):
+    finished = ended(start(tmp_path, 2, **LONG, **{"mesh.data": 2}), status=None)
+  assert all(one.returncode for one in finished)
+  output = stderr_of(finished)
   assert "another run is at work here" in output[0], output
   assert "one of them ended" in output[1] or "JAX distributed service" in output[1], output
 
 
-# Reads three epochs; checks every row that lies here, and notes which samples this process read.
+# Reads three epochs; checks every row of this process's devices, and records which samples it read.
 SHARDS = """
 import functools, json, sys
 import jax, numpy as np
+from conftest import connection
 from jax.sharding import AxisType
-from eqm_jax import devices
+from eqm_jax import distributed
 from eqm_jax.data import pipeline
 from eqm_jax.data.samples import Source
 from eqm_jax.training import sharding
@@ -189,15 +172,15 @@ class Numbered(Source):
     read.append(int(index))
     return {"image": np.full((1, 1, 1), index, np.float32), "label": np.int32(index)}
 
-with devices.joined(*(json.loads(argument) for argument in sys.argv[2:5])):
-  sizes, order = json.loads(sys.argv[5])
+with distributed.initialized(*connection()):
+  sizes, order = json.loads(sys.argv[2])
   mesh = sharding.make_mesh(*sizes)
-  if order:  # as a machine may have its devices lie
+  if order:  # of devices, which depends on the machine
     lie = np.asarray(jax.devices())[np.asarray(order)].reshape(mesh.devices.shape)
     mesh = jax.sharding.Mesh(lie, mesh.axis_names, axis_types=mesh.axis_types)
   placed = sharding.batch_sharding(mesh, 8)
-  rows = sharding.rows_here(placed, 8)
-  place = functools.partial(jax.tree.map, functools.partial(sharding.place_rows, placed, 8, rows))
+  rows = sharding.local_rows(placed, 8)
+  place = functools.partial(jax.tree.map, functools.partial(sharding.global_array, placed, 8, rows))
   options = dict(batch_size=8, seed=0, flip=False, threads=1)
   expected = pipeline.batches(Numbered(), **options)
   expected = [next(expected) for _ in range(9)]
@@ -210,20 +193,14 @@ with devices.joined(*(json.loads(argument) for argument in sys.argv[2:5])):
         np.testing.assert_array_equal(shard.data, whole[name][shard.index])
   seen = [int(label) for whole in expected for label in whole["label"][rows]]
   assert set(seen) <= set(read)
-  json.dump({"seen": seen, "processes": devices.process()[1]}, open(f"{sys.argv[1]}/{devices.process()[0]}.json", "w"))
+  process, processes = distributed.process_index_and_count()
+  json.dump({"seen": seen, "processes": processes}, open(f"{sys.argv[1]}/{process}.json", "w"))
 """
 
 
-def read_shards(tmp_path, arguments: list[list[str]], environments: list[dict[str, str]], mesh) -> list[list[int]]:
+def read_shards(tmp_path, running: list[subprocess.Popen]) -> list[list[int]]:
   """The samples that each process had of 9 batches of 8, three epochs of 24."""
-  running = [
-    subprocess.Popen(
-      [sys.executable, "-c", SHARDS, str(tmp_path), *told, json.dumps(mesh)], env=env, stderr=subprocess.PIPE, text=True
-    )
-    for told, env in zip(arguments, environments)
-  ]
-  output = ended(running)
-  assert not any(process.returncode for process in running), output
+  ended(running)
   found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(len(running))]
   assert {one["processes"] for one in found} == {len(running)}
   return [one["seen"] for one in found]
@@ -248,9 +225,8 @@ def check_epochs(seen: list[list[int]], copies: int = 1):
   ],
 )
 def test_processes_share_the_data(tmp_path, count, local, mesh, copies):
-  address = json.dumps(f"localhost:{free_port()}")
-  told = [[address, str(count), str(i)] for i in range(count)]
-  seen = read_shards(tmp_path, told, [environment(local)] * count, mesh)
+  running = start_python("-c", SHARDS, tmp_path, json.dumps(mesh), processes=count, devices=local)
+  seen = read_shards(tmp_path, running)
   if local == 1 or copies == 1:
     check_epochs(seen, copies)
 
@@ -258,20 +234,24 @@ def test_processes_share_the_data(tmp_path, count, local, mesh, copies):
 @pytest.mark.slow
 def test_processes_find_each_other_by_slurm(tmp_path):
   job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2"}
-  tasks = [environment(**job, SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
-  check_epochs(read_shards(tmp_path, [["null", "null", "null"]] * 2, tasks, ((-1, 1, 1), [])))
+  running = []
+  for i in range(2):
+    task = dict(**job, SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+    running += start_python("-c", SHARDS, tmp_path, json.dumps(((-1, 1, 1), [])), **task)
+  check_epochs(read_shards(tmp_path, running))
 
 
 # Raises in one process, while the other waits in a collective.
 RAISES = """
 import sys
-from eqm_jax import devices
+from conftest import connection
+from eqm_jax import distributed
 
-with devices.joined(sys.argv[1], 2, int(sys.argv[2])):
-  devices.wait_for_all("begin")
-  if devices.process()[0] == 1:
-    raise eval(sys.argv[3])
-  devices.wait_for_all("end")
+with distributed.initialized(*connection()):
+  distributed.wait_for_all("begin")
+  if distributed.process_index_and_count()[0] == 1:
+    raise eval(sys.argv[1])
+  distributed.wait_for_all("end")
 """
 
 
@@ -280,16 +260,9 @@ with devices.joined(sys.argv[1], 2, int(sys.argv[2])):
   [("KeyboardInterrupt()", 130), pytest.param("ValueError('mine')", 1, marks=pytest.mark.slow)],
 )
 def test_whatever_ends_a_process_ends_the_others(error, status):
-  address = f"localhost:{free_port()}"
-  running = [
-    subprocess.Popen(
-      [sys.executable, "-c", RAISES, address, str(i), error], env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    for i in range(2)
-  ]
-  output = ended(running, timeout=60)
-  assert running[1].returncode == status and running[0].returncode not in (0, None)
-  assert "one of them ended" in output[0] or "JAX distributed service" in output[0], output
+  other, raising = ended(start_python("-c", RAISES, error, processes=2), status=None, timeout=60)
+  assert raising.returncode == status and other.returncode != 0
+  assert "one of them ended" in other.stderr or "JAX distributed service" in other.stderr, other.stderr
 
 
 @pytest.mark.parametrize(
@@ -304,33 +277,31 @@ def test_whatever_ends_a_process_ends_the_others(error, status):
   ],
 )
 def test_what_tells_of_a_lost_process(text, lost):
-  assert devices.tells_of_a_lost_process(ValueError(text)) == lost
+  assert distributed.is_lost_process(ValueError(text)) == lost
 
 
-def test_what_is_no_work_to_share_is_refused(monkeypatch, tmp_path):
-  monkeypatch.setattr(devices, "process", lambda: (0, 2))
+def test_modes_of_one_process_are_refused_in_several(monkeypatch, tmp_path):
+  monkeypatch.setattr(distributed, "process_index_and_count", lambda: (0, 2))
   with pytest.raises(ValueError, match="--mode=sample runs in one process, not in 2"):
-    programs.run("sample", load_config("digits", "smoke"), str(tmp_path), None)
+    modes.run("sample", load_config("digits", "smoke"), str(tmp_path))
 
 
 def test_numbers_that_differ_between_processes_are_refused(monkeypatch):
-  devices.check_same("the step", 4)
-  monkeypatch.setattr(devices, "from_all", lambda array: np.stack([array, array + 5]))
+  distributed.check_same("the step", 4)
+  monkeypatch.setattr(distributed, "from_all", lambda array: np.stack([array, array + 5]))
   with pytest.raises(ValueError, match=r"the step is not the same in all processes, but \[4, 9\]"):
-    devices.check_same("the step", 4)
+    distributed.check_same("the step", 4)
 
 
 @pytest.mark.slow
 def test_two_processes_start_from_the_weights_of_another_run(tmp_path):
-  for count, changes in ((1, {"train.init_from": ""}), (2, {"train.init_from": str(tmp_path / "1"), "mesh.fsdp": 2})):
-    running = start(tmp_path / str(count), count, **{**LONG, "train.steps": 3, **changes})
-    output = ended(running)
-    assert not any(process.returncode for process in running), output
-  assert f"started from the weights of {tmp_path / '1'}" in output[0]
+  for count, changes in ((1, {}), (2, {"train.init_from": str(tmp_path / "1"), "mesh.fsdp": 2})):
+    finished = ended(start(tmp_path / str(count), count, **{**LONG, "train.steps": 3, **changes}))
+  assert f"started from the weights of {tmp_path / '1'}" in finished[0].stderr
 
 
 @pytest.mark.parametrize(
-  "told, text",
+  "arguments, text",
   [
     (("localhost:1", None, 0), "--num_processes not given"),
     ((None, 2, None), "--coordinator_address and --process_id not given"),
@@ -338,6 +309,6 @@ def test_two_processes_start_from_the_weights_of_another_run(tmp_path):
     (("localhost", 2, 0), "--coordinator_address=localhost .*give HOST:PORT"),
   ],
 )
-def test_processes_that_cannot_be_are_refused(told, text):
-  with pytest.raises(ValueError, match=text), devices.joined(*told):
+def test_processes_that_cannot_be_are_refused(arguments, text):
+  with pytest.raises(ValueError, match=text), distributed.initialized(*arguments):
     pass

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from eqm_jax.networks import dit
 from eqm_jax.training import sharding, state
+from eqm_jax.trees import path_name
 
 MESH = AbstractMesh((2, 4, 1), sharding.AXES)
 
@@ -59,7 +60,7 @@ def test_a_batch_that_does_not_divide_is_refused():
   "sizes, text",
   [
     ((0, 1, 1), "data=0"),
-    ((-1, -1, 1), "at most one"),
+    ((-1, -1, 1), "at most one -1"),
     ((3, -1, 1), "needs 3 devices or a multiple of them, but there are 1"),
   ],
 )
@@ -92,7 +93,7 @@ def test_the_table_says_where_every_large_parameter_lies(size):
   placed = sharding.state_shardings(shapes, config.sharding, mesh)
   matched = set()
   for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed)):
-    name = sharding.path_name(path)
+    name = path_name(path)
     intent = next((axes for ending, axes in INTENT.items() if name.endswith(ending)), None)
     if leaf.size * 4 > 2**20:
       assert intent, f"{name} {leaf.shape} is large, and nobody said where it is to lie"
@@ -108,7 +109,7 @@ def test_every_rule_is_used():
   config = load_config("imagenet256", "B/2")
   kinds = [dit.DiT(**{**config.model, "energy": energy}) for energy in ("none", "scalar")]
   leaves = [leaf for kind in kinds for leaf in jax.tree_util.tree_leaves_with_path(dit.parameter_shapes(kind))]
-  names = [sharding.path_name(path) for path, _ in leaves]
+  names = [path_name(path) for path, _ in leaves]
   first = {next(pattern for pattern, _ in config.sharding.rules if re.search(pattern, name)) for name in names}
   assert first == {pattern for pattern, _ in config.sharding.rules}
 
@@ -130,13 +131,13 @@ def test_the_average_may_lie_over_all_devices():
     np.testing.assert_allclose(share(shapes.opt_state, placed.opt_state), parameters, rtol=0.02)
     np.testing.assert_allclose(share(shapes.ema_params, placed.ema_params), average, rtol=0.02)
   config.sharding.ema = "nowhere"
-  with pytest.raises(ValueError, match="sharding.ema = 'nowhere' is not one of parameters, devices"):
+  with pytest.raises(ValueError, match="sharding.ema = 'nowhere' must be one of parameters, devices"):
     sharding.state_shardings(shapes, config.sharding, MESH)
 
 
-def test_parts_of_a_batch_divide_too():
+def test_microbatches_divide_too():
   sharding.batch_sharding(MESH, 64, 4)
-  with pytest.raises(ValueError, match=r"batch size 24 .* 8 devices .* in 4 parts .* multiple of 32"):
+  with pytest.raises(ValueError, match=r"batch size 24 .* 8 devices .* in 4 microbatches .* multiple of 32"):
     sharding.batch_sharding(MESH, 24, 4)
   with pytest.raises(ValueError, match="batch size 4 does not divide over 8 devices"):
     sharding.batch_sharding(MESH, 4)

@@ -29,9 +29,9 @@ def test_no_warm_up_starts_at_the_peak():
   assert state_lib.learning_rate_schedule(config, 30)(0) == 2.0
 
 
-@pytest.mark.parametrize("clip_norm, expected", [(0.0, 100.0), (1.0, 1.0)])
+@pytest.mark.parametrize("clip_norm, expected", [(None, 100.0), (1.0, 1.0)])
 def test_clipping_bounds_the_global_norm(clip_norm, expected):
-  # With b1 = 0 the first moment is the gradient that AdamW was given.
+  # With b1 = 0 the first moment is the gradient that AdamW gets.
   optimizer = state_lib.make_optimizer(optimizer_config(clip_norm=clip_norm, b1=0.0), 30)
   params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
   _, opt_state = optimizer.update(

@@ -1,4 +1,4 @@
-"""The training step: in parts, in less memory, in place, and past batches that are not finite."""
+"""The training step: in microbatches, in less memory, in place, and past batches that are not finite."""
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +35,21 @@ def lowered(config):
 
 @pytest.fixture(scope="module")
 def steps():
-  """The plain step, the same in four parts, and the same with every block computed again."""
-  changes = {"plain": {}, "in parts": {"train.accumulate": 4}, "full": {"model.remat": "full"}}
+  """The plain step, the same in four microbatches, and the same with every block computed again."""
+  changes = {"plain": {}, "microbatches": {"train.grad_accum_steps": 4}, "full": {"model.remat": "full"}}
   return {name: lowered(small(**change)) for name, change in changes.items()}
 
 
-@pytest.mark.parametrize("name", ["in parts", "full"])
+@pytest.mark.parametrize("name", ["microbatches", "full"])
 @pytest.mark.slow
 def test_less_memory_for_the_same_gradient(steps, name):
   (plain, initial, batch), (other, other_initial, _) = steps["plain"], steps[name]
   temporary = [compiled.memory_analysis().temp_size_in_bytes for compiled in (plain, other)]
   assert temporary[1] < 0.6 * temporary[0]
   copies = [jax.tree.map(jnp.copy, one) for one in (initial, other_initial)]
-  (after, scalars), (other_after, other_scalars) = plain(copies[0], batch, None), other(copies[1], batch, None)
-  np.testing.assert_allclose(other_scalars["loss"], scalars["loss"], rtol=1e-6)
-  np.testing.assert_allclose(other_scalars["gradient_norm"], scalars["gradient_norm"], rtol=1e-5)
+  (after, metrics), (other_after, other_metrics) = plain(copies[0], batch, None), other(copies[1], batch, None)
+  np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-6)
+  np.testing.assert_allclose(other_metrics["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
   moments = [one.opt_state[0].mu["final_out"]["kernel"] for one in (after, other_after)]  # (1 − b1) · the gradient
   assert np.abs(moments[0]).max() > 0
   np.testing.assert_allclose(moments[1], moments[0], atol=1e-6 * np.abs(moments[0]).max())
@@ -64,21 +64,21 @@ def test_the_state_is_updated_in_place(steps):
   assert not batch["image"].is_deleted()
 
 
-def test_batches_that_are_not_finite_are_left_out_and_counted():
-  compiled, before, batch = lowered(small(**{"optimizer.skip_nonfinite": 2}))
+def test_batches_that_are_not_finite_are_skipped_and_counted():
+  compiled, before, batch = lowered(small(**{"optimizer.max_skipped_batches": 2}))
   spoilt = {**batch, "image": batch["image"].at[3].set(jnp.nan)}
   kept, now, counts = jax.tree.map(np.array, before.params), before, []
   for one in (spoilt, spoilt, batch, spoilt):
-    now, scalars = compiled(now, one, None)
-    counts.append(int(scalars["skipped"]))
-    assert np.isfinite(scalars["parameter_norm"])
+    now, metrics = compiled(now, one, None)
+    counts.append(int(metrics["skipped_batches"]))
+    assert np.isfinite(metrics["parameter_norm"])
     if len(counts) == 2:
       jax.tree.map(np.testing.assert_array_equal, now.params, kept)
   assert counts == [1, 2, 2, 3] and int(now.step) == 4
   assert not np.array_equal(now.params["final_out"]["kernel"], kept["final_out"]["kernel"])
-  for _ in range(2):  # with the one before, three in a row: one more than are left out
-    now, scalars = compiled(now, spoilt, None)
-  assert not np.isfinite(scalars["parameter_norm"])
+  for _ in range(2):  # with the one before, three in a row: one more than are skipped
+    now, metrics = compiled(now, spoilt, None)
+  assert not np.isfinite(metrics["parameter_norm"])
 
 
 @pytest.mark.parametrize(

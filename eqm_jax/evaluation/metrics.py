@@ -1,0 +1,310 @@
+"""Metrics of features [N, D] by their published definitions: FID, inception score, KID, precision and recall.
+
+Computed in float64 numpy, except nearest neighbours, which this process's devices find in float32.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqm_jax import distributed
+
+CAST_ROWS = 4096  # rows that are cast to float64 at a time
+NEIGHBOUR_ROWS = 256  # rows whose neighbours a device finds at a time: 51 MB with 50,000 columns
+KINDS = ("pool", "spatial")  # of features that have Gaussian statistics
+JACKKNIFE_GROUPS = 10
+NEIGHBOURS = 3  # k of precision and recall, as in ADM
+SPLITS = 10  # of the inception score
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+  """The Gaussian that the Fréchet distance fits to a set of features."""
+
+  mean: np.ndarray  # [D] float64
+  covariance: np.ndarray  # [D, D] float64
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianStatistics:
+  """Count, mean and scatter Σ (x − mean)(x − mean)ᵀ of features.
+
+  Statistics of parts are merged by the difference of their means (Chan, Golub and LeVeque 1979), which keeps all digits
+  where the mean is large and the spread small; Σ x xᵀ − N·mean·meanᵀ does not.
+  """
+
+  count: int
+  mean: np.ndarray  # [D] float64
+  scatter: np.ndarray  # [D, D] float64
+
+  @classmethod
+  def of(cls, features: np.ndarray) -> "GaussianStatistics":
+    """Statistics of features [N, D], N at least 1."""
+    starts = range(0, len(features), CAST_ROWS)
+    return merge(cls._of_part(features[first : first + CAST_ROWS]) for first in starts)
+
+  @classmethod
+  def _of_part(cls, features: np.ndarray) -> "GaussianStatistics":
+    features = features.astype(np.float64)
+    mean = features.mean(axis=0)
+    centred = features - mean
+    return cls(len(features), mean, centred.T @ centred)
+
+  @property
+  def gaussian(self) -> Gaussian:
+    """The Gaussian with the unbiased estimate of the covariance; the count must be at least 2."""
+    return Gaussian(self.mean, self.scatter / (self.count - 1))
+
+
+def merge(parts: Iterable[GaussianStatistics]) -> GaussianStatistics:
+  """Statistics of all parts together."""
+  return functools.reduce(_merge_two, parts)
+
+
+def _merge_two(a: GaussianStatistics, b: GaussianStatistics) -> GaussianStatistics:
+  if not a.count or not b.count:  # a process without a share has nothing to add
+    return a if a.count else b
+  count, difference = a.count + b.count, b.mean - a.mean
+  mean = a.mean + difference * (b.count / count)
+  scatter = a.scatter + b.scatter + np.outer(difference, difference) * (a.count * b.count / count)
+  return GaussianStatistics(count, mean, scatter)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceStatistics:
+  """Features of the real data, reduced to what the metrics need."""
+
+  gaussians: dict[str, Gaussian]  # by kind: "pool", and maybe "spatial"
+  features: np.ndarray | None  # "pool" features of some samples, [M, D]; None: not stored in the file
+  origin: dict[str, Any]  # where they come from
+
+
+def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
+  """Fréchet distance between Gaussians fitted to two sets of features.
+
+  ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), the FID of Heusel et al. 2017 for features of
+  Inception. Symmetric, and exact for covariances of any rank above 0.
+
+  Args:
+    features_a, features_b: [N, D] and [M, D], at least two rows each.
+
+  Raises:
+    ValueError: if the shapes do not fit, a feature is not finite, or all rows of a set are the same.
+  """
+  _check(features_a=features_a, features_b=features_b)
+  a, b = (GaussianStatistics.of(features).gaussian for features in (features_a, features_b))
+  check_spread("features_a", a)
+  check_spread("features_b", b)
+  return frechet_of_gaussians(a, b)
+
+
+def check_spread(name: str, gaussian: Gaussian):
+  """Raises ValueError for a set whose rows are all the same, since its distance means nothing."""
+  if not np.any(np.diagonal(gaussian.covariance)):
+    raise ValueError(f"{name}: all rows are the same, their covariance is zero: are the images constant?")
+
+
+def frechet_of_gaussians(a: Gaussian, b: Gaussian, root_a: np.ndarray | None = None) -> float:
+  """Fréchet distance of two Gaussians; `root_a`, if given, is `square_root(a.covariance)`."""
+  root_a = square_root(a.covariance) if root_a is None else root_a
+  # tr (Σ₁Σ₂)^½ = Σ sqrt(eig(√Σ₁ Σ₂ √Σ₁)) is a symmetric problem, so no complex roots have to be discarded.
+  cross = np.sqrt(np.clip(np.linalg.eigvalsh(root_a @ b.covariance @ root_a), 0, None)).sum()
+  return float(np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+
+
+def square_root(covariance: np.ndarray) -> np.ndarray:
+  """Symmetric square root of a positive semi-definite matrix; eigenvalues that rounding made negative count as 0."""
+  values, vectors = np.linalg.eigh(covariance)
+  return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
+  """Inception score, exp E KL(p(y|x) ‖ p(y)): mean and standard deviation over consecutive splits of the samples.
+
+  Salimans et al. 2016. ADM's evaluator, with parts of 5,000, gives the same mean for 50,000 samples.
+
+  Args:
+    logits: [N, classes], of Inception `logits_unbiased`.
+    splits: number of splits, of at least one sample each.
+
+  Raises:
+    ValueError: if the shape does not fit or a value is not finite.
+  """
+  _check(logits=logits)
+  if not 1 <= splits <= len(logits):
+    raise ValueError(f"splits = {splits} must lie between 1 and the number of samples, {len(logits)}")
+  shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+  log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+  values = []
+  for i in range(splits):
+    part = log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits]
+    p = np.exp(part)
+    log_marginal = np.log(np.maximum(p.mean(axis=0), np.finfo(float).tiny))
+    values.append(np.exp(np.mean(np.sum(p * (part - log_marginal), axis=1))))
+  return float(np.mean(values)), float(np.std(values))
+
+
+def kernel_distance(
+  features_a: np.ndarray, features_b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+  """Kernel distance: mean and standard deviation over random subsets of the unbiased squared MMD.
+
+  The kernel is (x·y/D + 1)³; for features of Inception this is the KID of Bińkowski et al. 2018.
+
+  Args:
+    features_a, features_b: [N, D] and [M, D], at least two rows each.
+    subsets: number of subsets.
+    subset_size: samples in a subset, drawn without replacement; at most the size of the smaller set.
+    seed: of the subsets.
+
+  Raises:
+    ValueError: if the shapes do not fit or a feature is not finite.
+  """
+  _check(features_a=features_a, features_b=features_b)
+  size = min(subset_size, len(features_a), len(features_b))
+  if size < 2 or subsets < 1:
+    raise ValueError(f"subsets = {subsets} must be at least 1 and subset_size = {subset_size} at least 2")
+  rng, values = np.random.default_rng(seed), []
+  for _ in range(subsets):
+    a, b = (
+      features[rng.choice(len(features), size, replace=False)].astype(np.float64)
+      for features in (features_a, features_b)
+    )
+    within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (_cubic_kernel(a, a), _cubic_kernel(b, b)))
+    values.append(within - 2 * _cubic_kernel(a, b).mean())
+  return float(np.mean(values)), float(np.std(values))
+
+
+def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
+  """Improved precision and recall (Kynkäänniemi et al. 2019).
+
+  Precision is the fraction of generated features inside the real manifold, the balls around real features with the
+  distance to the k-th nearest real neighbour as radius. Recall exchanges the two sets.
+
+  Args:
+    generated, real: [N, D] and [M, D], more than k rows each. Time grows with N² + M² + 2·N·M; memory is that of the
+      features and of a few hundred rows of distances.
+    k: neighbours.
+
+  Raises:
+    ValueError: if the shapes do not fit or a feature is not finite.
+  """
+  _check(generated=generated, real=real)
+  if not 1 <= k < min(len(generated), len(real)):
+    raise ValueError(f"k = {k} must be at least 1 and less than the rows, {len(generated)} and {len(real)}")
+  centre = real.mean(axis=0, dtype=np.float64)  # distances from inner products lose digits far from the origin
+  generated, real = ((features - centre).astype(np.float32) for features in (generated, real))
+  return _covered(generated, real, _radii(real, k)), _covered(real, generated, _radii(generated, k))
+
+
+def _radii(features: np.ndarray, k: int) -> np.ndarray:
+  """Squared distance of each row to its k-th nearest other row, [N]."""
+  columns = distributed.replicate(features)
+  return distributed.in_batches(functools.partial(_kth_nearest, columns, k=k), features, NEIGHBOUR_ROWS)
+
+
+def _covered(rows: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> float:
+  """Fraction of rows inside the ball of at least one centre."""
+  columns, radii = distributed.replicate((centres, radii))
+  return float(np.mean(distributed.in_batches(functools.partial(_is_covered, columns, radii), rows, NEIGHBOUR_ROWS)))
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _kth_nearest(columns: jax.Array, rows: jax.Array, k: int) -> jax.Array:
+  squared = _squared_distances(rows, columns)
+  # The nearest row is the row itself; it and k − 1 more are removed. lax.top_k is six times slower on a CPU here.
+  for _ in range(k):
+    nearest = jnp.argmin(squared, axis=1)
+    squared = jnp.where(jnp.arange(len(columns)) == nearest[:, None], jnp.inf, squared)
+  return jnp.maximum(jnp.min(squared, axis=1), 0)
+
+
+@jax.jit
+def _is_covered(columns: jax.Array, radii: jax.Array, rows: jax.Array) -> jax.Array:
+  return jnp.any(_squared_distances(rows, columns) <= radii, axis=1)
+
+
+def _squared_distances(rows: jax.Array, columns: jax.Array) -> jax.Array:
+  cross = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
+  return jnp.sum(rows**2, axis=1)[:, None] + jnp.sum(columns**2, axis=1) - 2 * cross
+
+
+def _cubic_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  kernel = a @ b.T / a.shape[1] + 1
+  return kernel * kernel * kernel  # faster than NumPy's power
+
+
+def _check(**sets: np.ndarray):
+  for name, features in sets.items():
+    if features.ndim != 2 or len(features) < 2:
+      raise ValueError(f"{name} has shape {features.shape}: at least two rows [N, D] are needed")
+    if not np.all(np.isfinite(features)):
+      raise ValueError(f"{name}: {np.sum(~np.isfinite(features))} of {features.size} values are not finite")
+  sizes = [features.shape[1] for features in sets.values()]
+  if len(set(sizes)) > 1:
+    raise ValueError(f"features of {sizes[0]} and {sizes[1]} dimensions cannot be compared")
+
+
+def compute(features: dict[str, np.ndarray], reference: ReferenceStatistics) -> dict[str, float]:
+  """All metrics of a sample set that its features allow.
+
+  Args:
+    features: "pool" [N, D] and maybe "spatial" [N, S] and "logits" [N, classes], in the order of the samples.
+    reference: statistics of the real data.
+
+  Returns:
+    "frechet" (FID for Inception's features) and, where the features allow it, "spatial_frechet" (sFID),
+    "inception_score", "kernel_distance" (KID), "precision" and "recall". `_error` is a standard error: of the
+    Fréchet distances by the jackknife over JACKKNIFE_GROUPS groups of samples, of precision and recall that of a
+    fraction. It estimates how much another seed would change the metric, not the bias, which falls with the number of
+    samples. `_std` is the deviation over splits or over random subsets, as published numbers have it.
+
+  Raises:
+    ValueError: if there are fewer than two samples, a feature is not finite, or all samples are the same.
+  """
+  metrics = {}
+  for kind, name in (("pool", "frechet"), ("spatial", "spatial_frechet")):
+    if kind in features and kind in reference.gaussians:
+      metrics[name], metrics[f"{name}_error"] = frechet_with_error(features[kind], reference.gaussians[kind])
+  if "logits" in features and len(features["logits"]) >= SPLITS:
+    metrics["inception_score"], metrics["inception_score_std"] = inception_score(features["logits"], SPLITS)
+  pool = features["pool"]
+  if reference.features is not None:
+    metrics["kernel_distance"], metrics["kernel_distance_std"] = kernel_distance(pool, reference.features)
+    if min(len(pool), len(reference.features)) > NEIGHBOURS:
+      precision, recall = precision_recall(pool, reference.features, NEIGHBOURS)
+      for name, fraction, count in (("precision", precision, len(pool)), ("recall", recall, len(reference.features))):
+        metrics[name] = fraction
+        metrics[f"{name}_error"] = math.sqrt(fraction * (1 - fraction) / count)
+  return metrics
+
+
+def frechet_with_error(features: np.ndarray, real: Gaussian) -> tuple[float, float | None]:
+  """Fréchet distance of samples to the real data, and its standard error by the delete-a-group jackknife.
+
+  The squared error is (G−1)/G·Σ(d₋g − mean d₋g)² over the distances d₋g without one of G consecutive groups; None with
+  fewer than four samples.
+
+  Raises:
+    ValueError: if there are fewer than two samples, a value is not finite, or all samples are the same.
+  """
+  if len(features) < 2:
+    raise ValueError(f"{len(features)} sample: a distance needs two")
+  if not np.all(np.isfinite(features)):
+    bad = np.sum(~np.all(np.isfinite(features), axis=1))
+    raise ValueError(f"the features of {bad} of {len(features)} samples are not finite: did the samples diverge?")
+  groups = [GaussianStatistics.of(part) for part in np.array_split(features, min(JACKKNIFE_GROUPS, len(features) // 2))]
+  gaussian = merge(groups).gaussian
+  check_spread("the samples", gaussian)
+  root = square_root(real.covariance)
+  distance = frechet_of_gaussians(real, gaussian, root)
+  if len(groups) < 2:
+    return distance, None
+  without = [frechet_of_gaussians(real, merge(groups[:g] + groups[g + 1 :]).gaussian, root) for g in range(len(groups))]
+  return distance, math.sqrt((len(groups) - 1) * np.var(without))

@@ -1,0 +1,109 @@
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import eqm_jax
+from eqm_jax.networks.dit import DiT
+
+MODEL = DiT(input_size=8, channels=1, patch_size=2, width=16, depth=2, num_heads=2, num_classes=3)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32))["params"]
+
+
+@pytest.fixture
+def exported(tmp_path, params):
+  eqm_jax.save_pretrained(tmp_path / "model", MODEL, params)
+  return tmp_path / "model"
+
+
+def test_a_saved_model_is_loaded(exported, params):
+  for weights in ("ema", "model"):  # one set, which both names give
+    loaded = eqm_jax.load(exported, weights=weights)
+    assert loaded.model == MODEL and DiT(**loaded.config) == MODEL
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(loaded.params)), "or no mesh of other devices takes them"
+  json.dumps(loaded.config)
+
+
+def test_orbax_alone_reads_the_parameters(exported, params):
+  program = (
+    "import sys, orbax.checkpoint as ocp; tree = ocp.StandardCheckpointer().restore(sys.argv[1]);"
+    "print(tree['label_embed']['embedding'].shape, 'eqm_jax' in sys.modules)"
+  )
+  finished = subprocess.run(
+    [sys.executable, "-c", program, str(exported / "params")], capture_output=True, text=True, check=True
+  )
+  assert finished.stdout.split("\n")[0] == "(4, 16) False"
+
+
+def test_relative_paths_are_saved_and_restored(params, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  eqm_jax.save_pretrained("model", MODEL, params)
+  restored = ocp.StandardCheckpointer().restore(pathlib.Path("model").absolute() / "params")
+  jax.tree.map(np.testing.assert_array_equal, restored, params)
+  jax.tree.map(np.testing.assert_array_equal, eqm_jax.load("model").params, params)
+
+
+def test_overrides_change_how_the_model_computes(exported):
+  assert eqm_jax.load(exported, dtype="bfloat16", unroll=2).model == MODEL.clone(dtype="bfloat16", unroll=2)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(exported):
+  with pytest.raises(ValueError, match=r"blocks/.* has shape \(2, .*expects \(3, "):
+    eqm_jax.load(exported, depth=3)
+
+
+def test_nothing_is_overwritten(exported, params):
+  with pytest.raises(ValueError, match="exists and is not empty"):
+    eqm_jax.save_pretrained(exported, MODEL, params)
+  assert eqm_jax.load(exported).model == MODEL
+
+
+def test_damaged_directories_are_refused(exported, tmp_path):
+  with pytest.raises(ValueError, match="nowhere: no such model"):
+    eqm_jax.load(tmp_path / "nowhere")
+  (exported / "params" / "_METADATA").unlink()
+  with pytest.raises(ValueError, match="model/params: damaged checkpoint"):
+    eqm_jax.load(exported)
+  (exported / "config.json").write_text("{")
+  with pytest.raises(ValueError, match="config.json: not readable as JSON"):
+    eqm_jax.load(exported)
+
+
+def test_a_workdir_without_checkpoints_is_refused(exported):
+  shutil.rmtree(exported / "params")
+  with pytest.raises(ValueError, match="was it trained"):
+    eqm_jax.load(exported)
+
+
+def test_relative_paths_are_saved_and_loaded(tmp_path, params, monkeypatch):
+  """With the example of `save_pretrained`'s docstring."""
+  monkeypatch.chdir(tmp_path)
+  path = "model"
+  eqm_jax.save_pretrained(path, MODEL, params)
+  jax.tree.map(np.testing.assert_array_equal, eqm_jax.load(path).params, params)
+  restored = ocp.StandardCheckpointer().restore(pathlib.Path(path).absolute() / "params")
+  jax.tree.map(np.testing.assert_array_equal, restored, params)
+
+
+def test_a_loaded_model_gives_its_field_and_energy(exported, params):
+  loaded = eqm_jax.load(exported)
+  x, labels = jnp.ones((2, 8, 8, 1)), jnp.array([0, 2])
+  expected = eqm_jax.field(MODEL, params, labels, guidance=1.5)(x)
+  np.testing.assert_array_equal(loaded.field(labels, guidance=1.5)(x), expected)
+  np.testing.assert_array_equal(loaded.field(guidance=1.5)(x, labels), expected)
+  energy_fn = eqm_jax.energy(MODEL, params, labels, "l2")
+  np.testing.assert_array_equal(loaded.energy(labels, "l2")(x), energy_fn(x))
+  assert "21 arrays" in repr(loaded) and len(repr(loaded)) < 200

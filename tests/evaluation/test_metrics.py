@@ -1,0 +1,123 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import sklearn.metrics.pairwise
+import sklearn.neighbors
+from conftest import ROOT
+
+from eqm_jax.evaluation import metrics
+from eqm_jax.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+
+GOLDEN = np.load(ROOT / "tests" / "reference" / "distances.npz")
+A, B = GOLDEN["features_a"], GOLDEN["features_b"]
+
+
+def test_all_agree_with_the_libraries():
+  """The parity table: `pytest -n 0 -s` shows it."""
+  score, deviation = inception_score(GOLDEN["isc_logits"])
+  precision, recall = precision_recall(A, B)
+  found = {
+    "fid": (frechet_distance(A, B), 1e-8),
+    "fid_small": (frechet_distance(A[:40], B[:30]), 1e-5),  # 40 and 30 rows of 64 features: without full rank
+    "isc_mean": (score, 1e-10),
+    "isc_std": (deviation, 1e-10),
+    "precision": (precision, 1e-7),  # the library's is float32
+    "recall": (recall, 1e-7),
+  }
+  print("\n| figure | ours | theirs | relative difference |\n|---|---|---|---|")
+  for name, (value, tolerance) in found.items():
+    expected = float(GOLDEN[name])
+    print(f"| {name} | {value:.10g} | {expected:.10g} | {abs(value / expected - 1):.1e} |")
+    np.testing.assert_allclose(value, expected, rtol=tolerance, err_msg=name)
+
+
+def test_frechet_agrees_with_the_matrix_square_root():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(200, 6)), rng.normal(size=(100, 6)) @ rng.normal(size=(6, 6)) + 1
+  root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+  expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+  np.testing.assert_allclose(frechet_distance(a, b), expected, rtol=1e-6)
+  assert abs(frechet_distance(a, a)) < 1e-8
+  np.testing.assert_allclose(frechet_distance(a[:, :1], a[:, :1] + 2), 4.0)
+
+
+def test_kernel_distance_is_the_unbiased_estimate():
+  rng = np.random.default_rng(1)
+  a, b = rng.normal(size=(60, 8)), rng.normal(size=(60, 8)) + 0.5
+  kernel = lambda x, y: sklearn.metrics.pairwise.polynomial_kernel(x, y, degree=3, gamma=1 / 8, coef0=1)  # noqa: E731
+  aa, bb, ab = kernel(a, a), kernel(b, b), kernel(a, b)
+  off = ~np.eye(60, dtype=bool)
+  expected = aa[off].mean() + bb[off].mean() - 2 * ab.mean()
+  mean, deviation = kernel_distance(a, b, subset_size=1000)  # every subset is the whole
+  np.testing.assert_allclose(mean, expected, rtol=1e-10)
+  assert deviation < 1e-12
+  # Of smaller subsets the same on average: it is unbiased.
+  mean, deviation = kernel_distance(a, b, subsets=2000, subset_size=20)
+  assert abs(mean - expected) < 4 * deviation / math.sqrt(2000) and deviation > 0
+  same, deviation = kernel_distance(rng.normal(size=(300, 8)), rng.normal(size=(300, 8)), subset_size=100)
+  assert abs(same) < deviation
+
+
+def test_precision_and_recall_are_shares_of_balls():
+  rng = np.random.default_rng(2)
+  real, generated = rng.normal(size=(150, 5)) + 100, 0.5 * rng.normal(size=(90, 5)) + 100.3
+  expected = []
+  for inside, centres in ((generated, real), (real, generated)):
+    distance, _ = sklearn.neighbors.NearestNeighbors(n_neighbors=4).fit(centres).kneighbors(centres)
+    between = sklearn.metrics.pairwise.euclidean_distances(inside, centres)
+    expected.append(np.mean(np.any(between <= distance[:, 3], axis=1)))
+  np.testing.assert_allclose(precision_recall(generated, real), expected)
+  assert expected[0] > expected[1]  # a narrow cloud inside a wide one
+
+
+def test_precision_and_recall_do_not_depend_on_the_blocks(monkeypatch):
+  whole = precision_recall(A, B)
+  monkeypatch.setattr(metrics, "NEIGHBOUR_ROWS", 7)
+  assert precision_recall(A, B) == whole
+
+
+def test_precision_and_recall_know_what_is_not_there():
+  rng = np.random.default_rng(3)
+  left, both = rng.normal(size=(80, 3)), np.concatenate([rng.normal(size=(80, 3)), rng.normal(size=(80, 3)) + 50])
+  precision, recall = precision_recall(left, both)
+  assert precision > 0.8 and 0.3 < recall < 0.5  # half of the data is never drawn
+  assert precision_recall(left + 1000, both) == (0.0, 0.0)
+
+
+def test_the_inception_score_counts_classes():
+  sure = 50 * np.eye(10)[np.arange(200) % 10]
+  np.testing.assert_allclose(inception_score(sure)[0], 10, rtol=1e-6)
+  np.testing.assert_allclose(inception_score(np.ones((200, 10))), (1, 0), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  "a, b, text",
+  [
+    (np.zeros((1, 3)), np.zeros((5, 3)), r"features_a has shape \(1, 3\)"),
+    (np.zeros((5, 3)), np.zeros(5), r"features_b has shape \(5,\)"),
+    (np.zeros((5, 3)), np.zeros((5, 4)), "3 and 4 dimensions"),
+    (np.full((5, 3), np.nan), np.zeros((5, 3)), "features_a: 15 of 15 values are not finite"),
+    (np.zeros((5, 3)), np.random.default_rng(0).normal(size=(5, 3)), "features_a: all rows are the same.*constant"),
+  ],
+)
+def test_bad_features_are_refused(a, b, text):
+  with pytest.raises(ValueError, match=text):
+    frechet_distance(a, b)
+
+
+@pytest.mark.parametrize(
+  "call, text",
+  [
+    (lambda: precision_recall(A[:3], B), "k = 3 must be at least 1 and less than the rows, 3 and 450"),
+    (lambda: precision_recall(A, B[:, :3]), "64 and 3 dimensions"),
+    (lambda: precision_recall(A * np.inf, B), "generated: 32000 of 32000"),
+    (lambda: kernel_distance(A, B, subsets=0), "subsets = 0"),
+    (lambda: kernel_distance(A[:1], B), "features_a has shape"),
+    (lambda: inception_score(A[:5], splits=10), "splits = 10 .* 5"),
+  ],
+)
+def test_bad_numbers_are_refused(call, text):
+  with pytest.raises(ValueError, match=text):
+    call()

@@ -1,0 +1,131 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from eqm_jax.equilibrium import sampler
+from eqm_jax.sampling import generator as generator_lib
+
+LABELS = np.arange(13, dtype=np.int32) % 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Bowls:
+  """A model whose field is steeper for some labels, so that samples need different numbers of steps."""
+
+  num_classes: int = 10
+  input_shape: tuple[int, ...] = (8, 8, 1)
+  time_input: bool = False
+
+  def apply(self, variables, x, label, *gamma):
+    return (variables["params"] + label[:, None, None, None]) * x
+
+
+def generator(batch_size: int, model: Bowls = Bowls()) -> generator_lib.Generator:
+  return generator_lib.Generator(model, 2.0, jax.random.key(0), batch_size, multiplier=4.0)
+
+
+@pytest.fixture
+def row(tiny_config):
+  row = tiny_config.samplers.adaptive
+  row.update(threshold=1.0, step_size=0.04, max_nfe=60)
+  return row
+
+
+def sample(row, batch_size, labels=LABELS):
+  return generator(batch_size).samples("row", row, labels)
+
+
+@pytest.mark.parametrize("batching", ["continuous", "static"])
+def test_samples_do_not_depend_on_the_batches(row, batching):
+  row.batching = batching
+  whole, parts = sample(row, 13), sample(row, 5)
+  assert whole.result.x.shape == (13, 8, 8, 1) and parts.seconds > 0
+  np.testing.assert_allclose(parts.result.x, whole.result.x, atol=1e-6)
+  np.testing.assert_array_equal(parts.result.nfe, whole.result.nfe)
+  assert len(set(whole.result.nfe)) > 5, "the samples should differ in their NFE"
+  noise = sampler.start_noise(jax.random.key(0), np.arange(13), (8, 8, 1))
+  steepness = (2.0 + LABELS)[:, None, None, None]
+  updates = (whole.result.nfe - 1)[:, None, None, None]
+  np.testing.assert_allclose(whole.result.x, noise * (1 - 0.04 * steepness) ** updates, atol=1e-5)
+  assert parts.executed_nfe >= parts.result.nfe.sum()
+
+
+def test_places_without_a_sample_cost_no_batches(row):
+  row.update(batching="static", threshold=None, max_nfe=5)
+  chunks = dict(generator(4).chunks("row", row, np.arange(22) % 10, 20, [0, 1]))
+  assert [len(chunks[number].result.x) for number in (0, 1)] == [20, 2]
+  assert chunks[0].executed_nfe == 5 * 20 and chunks[1].executed_nfe == 5 * 4
+
+
+def test_long_streams_come_in_parts(row, monkeypatch):
+  whole = sample(row, 4)
+  monkeypatch.setattr(generator_lib, "STREAM_LENGTH", 2)  # chunks of 8 and 5
+  parts = sample(row, 4)
+  np.testing.assert_allclose(parts.result.x, whole.result.x, atol=1e-6)
+
+
+def test_integrators_are_rows_too(row):
+  row.update(rule="dopri5", tolerance=1e-5, step_size=0.003, threshold=None)
+  samples = sample(row, 5)
+  noise = sampler.start_noise(jax.random.key(0), np.arange(13), (8, 8, 1))
+  np.testing.assert_allclose(samples.result.x, noise * np.exp(-(2.0 + LABELS))[:, None, None, None], atol=1e-3)
+  row.update(rule="euler", tolerance=None, max_nfe=50)
+  assert set(sample(row, 5).result.nfe) == {50}
+  row.update(rule="gd", step_size=1 / 50)
+  np.testing.assert_allclose(
+    sample(row, 5).result.x, noise * (1 - (2.0 + LABELS) / 50)[:, None, None, None] ** 50, atol=1e-5
+  )
+
+
+def test_step_size_auto(row):
+  row.update(step_size="auto", threshold=None, max_nfe=20)
+  noise = sampler.start_noise(jax.random.key(0), np.arange(13), (8, 8, 1))
+  step = 2 / (4.0 * 20)
+  expected = noise * (1 - step * (2.0 + LABELS))[:, None, None, None] ** 20
+  np.testing.assert_allclose(sample(row, 13).result.x, expected, atol=1e-5)
+
+
+def test_a_threshold_relative_to_lambda(row):
+  absolute = sample(row, 13).result.nfe
+  row.update(relative_threshold=True, threshold=0.25)
+  np.testing.assert_array_equal(sample(row, 13).result.nfe, absolute)
+
+
+def test_spent_budgets_and_divergence_are_warned_of(row, caplog):
+  row.update(threshold=1e-6, max_nfe=5)
+  sample(row, 13)
+  assert "100.0 % of the samples spent max_nfe = 5 above the threshold 1e-06" in caplog.text
+  row.update(step_size=1e30, max_nfe=50)
+  sample(row, 13)
+  assert "100.0 % of the samples diverged" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "changes, text",
+  [
+    (dict(rule="rk4"), "samplers.row.rule = 'rk4' must be one of gd, nag.*heun"),
+    (dict(step_size=-1.0), "samplers.row: step_size = -1.0"),
+    (dict(rule="gd", momentum=0.3), "samplers.row: momentum = 0.3"),
+    (dict(threshold=-1.0), "samplers.row: threshold = -1.0"),
+    (dict(rule="tsit5"), "samplers.row: solver 'tsit5' controls its steps"),
+    (dict(rule="euler_maruyama"), "time_conditional=True"),
+    (dict(guidance=2.0, guidance_channels=3), "1 channels"),
+    (dict(batching="dynamic"), "samplers.row.batching = 'dynamic' must be one of continuous, static"),
+  ],
+)
+def test_rows_that_cannot_be_sampled_are_refused(row, changes, text):
+  row.update(changes)
+  with pytest.raises(ValueError, match=text):
+    generator(5).check("row", row)
+
+
+def test_a_timed_model_takes_only_integrators(row):
+  with pytest.raises(ValueError, match="descends a field without time"):
+    generator(5, Bowls(time_input=True)).check("row", row)
+  row.update(rule="euler_maruyama", max_nfe=10)
+  generator(5, Bowls(time_input=True)).check("row", row)
+  samples = generator(5, Bowls(time_input=True)).samples("row", row, LABELS)
+  again = generator(13, Bowls(time_input=True)).samples("row", row, LABELS)
+  np.testing.assert_allclose(samples.result.x, again.result.x, atol=1e-5)  # the noise is the sample's, not the batch's

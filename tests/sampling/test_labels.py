@@ -1,0 +1,51 @@
+"""The one vocabulary of labels."""
+
+import numpy as np
+import pytest
+
+from eqm_jax.sampling import labels
+
+
+@pytest.mark.parametrize(
+  "spec, expected",
+  [
+    ("balanced", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]),
+    ("none", [10] * 12),
+    ("3", [3] * 12),
+    (3, [3] * 12),
+    ("1,5,7-9", [1, 5, 7, 8, 9, 1, 5, 7, 8, 9, 1, 5]),
+    ((1, 5, 7), [1, 5, 7] * 4),
+    ("0-1, 10", [0, 1, 10] * 4),
+  ],
+)
+def test_labels(spec, expected):
+  parsed = labels.parse("sample.labels", spec, 12, 10)
+  assert parsed.tolist() == expected and parsed.dtype == np.int32
+
+
+def test_random_labels_depend_on_the_seed_and_begin_alike():
+  few, many = (labels.parse("sample.labels", "random", count, 10, seed=1) for count in (20, 1000))
+  np.testing.assert_array_equal(many[:20], few)
+  assert set(many) == set(range(10))
+  assert not np.array_equal(labels.parse("sample.labels", "random", 20, 10, seed=2), few)
+
+
+@pytest.mark.parametrize("spec", ["balanced", "random"])
+def test_without_classes_there_is_the_null_class_only(spec):
+  assert labels.parse("sample.labels", spec, 3, 0).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+  "spec, count, message",
+  [
+    ("11", 3, r"11\.\.11, but the model"),
+    ((3, -1), 3, r"-1\.\.3, but the model"),
+    ("5-3", 3, "'5-3' is neither a label nor a range"),
+    ("cat", 3, "sample.labels = 'cat': 'cat' is neither a label nor a range"),
+    ("-1", 3, "'-1' is neither a label nor a range"),
+    ("balanced", 0, "number of samples = 0"),
+  ],
+)
+def test_bad_labels_are_refused(spec, count, message):
+  with pytest.raises(ValueError, match=message):
+    labels.parse("sample.labels", spec, count, 10)
