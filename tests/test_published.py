@@ -109,5 +109,5 @@ def test_statistics_of_a_data_set_are_computed_with_one_command(tmp_path):
   with np.load(tmp_path / "s.npz") as file:
     np.testing.assert_allclose(file["mu"], pool.mean(axis=0), rtol=1e-4, atol=1e-6)
     assert file["sigma_s"].shape == (2023, 2023) and len(file["features"]) == len(source)
-  with pytest.raises(ValueError, match="a file that is not there yet"):
+  with pytest.raises(ValueError, match="a file that does not exist yet"):
     modes.run("statistics", config, str(tmp_path / "run"))
