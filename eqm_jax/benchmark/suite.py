@@ -99,9 +99,9 @@ def benchmark(
   content |= _measure_cases(w) | {"sweeps": {}}
   _write(directory, content)
   log.info("%s", results.markdown(content))
-  if config.benchmark.sweeps.over:
-    content["sweeps"] = {name: _measure_sweep(name, w, content["peaks"]) for name in config.benchmark.sweeps.over}
-    _write(directory, content)
+  for name in config.benchmark.sweeps.over:
+    content["sweeps"][name] = _measure_sweep(name, w, content["peaks"])
+    _write(directory, content)  # a sweep takes minutes: the finished ones are not lost if the next one is killed
   if old:
     log.info("compared with %s\n%s", compare, results.comparison(old, content))
 
