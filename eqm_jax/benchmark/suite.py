@@ -222,7 +222,7 @@ def picture(name: str, sweep: dict[str, Any]) -> Image.Image:
   right.set(xlabel=SWEEPS[name], ylabel="% of the matrix-product peak", xscale="log", ylim=(0, None))
   for panel in (left, right):
     panel.set_xticks(sweep["x"], [str(value) for value in sweep["x"]])
-    panel.minorticks_off()
+    panel.xaxis.minorticks_off()
   left.legend()
   return plotting.rendered(figure)
 
