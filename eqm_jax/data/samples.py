@@ -82,8 +82,16 @@ def spread(source: Source | int, count: int) -> np.ndarray:
 
 def arrays(source: Source, indices: Sequence[int], threads: int = 4) -> np.ndarray:
   """The images at `indices`, or the means of their latents (of the unmirrored image): [N, H, W, C] float32."""
-  batches = in_order(source, indices, batch_size=READ_AHEAD, threads=threads)
-  return np.concatenate([np.stack([_array(sample) for sample in samples]) for samples in batches])
+  return arrays_and_labels(source, indices, threads)[0]
+
+
+def arrays_and_labels(source: Source, indices: Sequence[int], threads: int = 4) -> tuple[np.ndarray, np.ndarray]:
+  """`arrays`, and the labels [N], each sample read once."""
+  images, labels = [], []
+  for samples in in_order(source, indices, batch_size=READ_AHEAD, threads=threads):
+    images.append(np.stack([_array(sample) for sample in samples]))
+    labels += [sample["label"] for sample in samples]
+  return np.concatenate(images), np.asarray(labels)
 
 
 def _array(sample: Sample) -> np.ndarray:

@@ -117,7 +117,7 @@ def evaluate(
     report = _settings(options, generator, reference, origin)
     for name, store in stores.items():
       store.wait(SHARED_SECONDS)
-      report["rows"][name] = _evaluate_row(config, name, store, reference, generator)
+      report["rows"][name] = _evaluate_row(config, name, store, reference, generator=generator, labels=labels)
       _write_pictures(config, name, store, reference, directory)
       if options.save_npz:
         store.write_images(os.path.join(directory, f"{name}.npz"), labels)
@@ -172,7 +172,7 @@ def _settings(options, generator: Generator, reference: ReferenceData, origin: d
 
 
 def _evaluate_row(
-  config, name: str, store: SampleStore, reference: ReferenceData, generator: Generator
+  config, name: str, store: SampleStore, reference: ReferenceData, *, generator: Generator, labels: np.ndarray
 ) -> dict[str, Any]:
   """Settings, metrics and cost of one sampler."""
   row, options, cost = config.samplers[name], config.evaluation, Cost.of(store)
@@ -185,7 +185,6 @@ def _evaluate_row(
   if reference.in_plane:
     result |= plane.distances(_points(store), reference.real_N)
   if options.classifier_accuracy:
-    labels = requested_labels(options, options.num_samples, generator.model.num_classes)
     result["classifier_accuracy"] = reference.classifier_accuracy(store, labels)
   if generator_lib.is_descent(row):
     result["eta"] = generator_lib.step_size(row, generator.multiplier)

@@ -8,7 +8,6 @@ import ml_collections
 import numpy as np
 
 from eqm_jax.checkpoints import pretrained
-from eqm_jax.data import samples
 from eqm_jax.data.codec import check_same_autoencoder
 from eqm_jax.equilibrium.field import check_labels
 from eqm_jax.evaluation import features, reference_data
@@ -109,8 +108,7 @@ def _check_fits(path: str, other: DiT, model: DiT):
 def _classified(task: Task, x: np.ndarray) -> dict[str, Any]:
   """Fraction of samples that a classifier of the real ones assigns to each class."""
   source = task.source
-  chosen = samples.spread(source, reference_data.MAX_FEATURES)
-  classifier = features.PixelClassifier(task.real(reference_data.MAX_FEATURES), source.labels[chosen])
+  classifier = features.PixelClassifier(*task.real_and_labels(reference_data.MAX_FEATURES))
   predicted_N = classifier.predict(np.clip(x, -1, 1) if reference_data.is_pixels(source) else x)
   return {str(label): float(np.mean(predicted_N == label)) for label in range(source.num_classes)}
 

@@ -63,13 +63,18 @@ class Task:
     Raises:
       ValueError: if they do not have the shape of the model's samples.
     """
+    return self.real_and_labels(count)[0]
+
+  def real_and_labels(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`real`, and the labels [N]."""
     shape = self.generator.model.input_shape
     if self.source.shape != shape:
       raise ValueError(
         f"data.source = {self.config.data.source!r} has samples of shape {self.source.shape}, but the model takes "
         f"{shape}: give the data set that it was trained on"
       )
-    return samples.arrays(self.source, samples.spread(self.source, count), self.config.data.threads)
+    chosen = samples.spread(self.source, count)
+    return samples.arrays_and_labels(self.source, chosen, self.config.data.threads)
 
   def inputs(self, noisy: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The images [N, H, W, C] and labels [N] of the task: of `tasks.images`, or evenly spaced ones of the data set.
@@ -86,9 +91,7 @@ class Task:
       shape = self.generator.model.input_shape
       image_N, own_N = images.read(options.images, shape, options.num_images, in_pixels, bounded)
     else:
-      image_N = self.real(options.num_images)
-      chosen = samples.spread(self.source, options.num_images)
-      own_N = np.asarray([self.source[int(i)]["label"] for i in chosen]) if options.labels == "own" else None
+      image_N, own_N = self.real_and_labels(options.num_images)
     return image_N, self._labels(own_N, len(image_N))
 
   def _labels(self, own_N: np.ndarray | None, count: int) -> np.ndarray:

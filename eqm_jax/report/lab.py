@@ -14,7 +14,7 @@ from eqm_jax.data import sources
 from eqm_jax.equilibrium import sampler
 from eqm_jax.evaluation import evaluator, metrics
 from eqm_jax.evaluation.features import PixelClassifier
-from eqm_jax.sampling import labels
+from eqm_jax.sampling import applications, labels
 from eqm_jax.sampling.generator import Generator, Samples
 from eqm_jax.training import state, train, validation
 
@@ -152,14 +152,7 @@ class Lab:
 
   def descend(self, name: str, seed: int, start: np.ndarray, labels: np.ndarray, **changes: Any) -> sampler.Result:
     """Descents from the images `start`, by static batching."""
-    generator, row = self.generator(name, seed), self.row(name, **changes)
-    field = generator.field(row)
-
-    def descend_batch(index):
-      start_B, labels_B, index_B = generator.shard((start[index], labels[index], index))
-      return generator.descend(row, start_B, field.bind(labels_B), index=index_B)
-
-    return generator.in_batches(name, descend_batch, len(start))
+    return applications.descend_images(name, self.generator(name, seed), self.row(name, **changes), start, labels)
 
   def metrics(self, name: str, **changes: Any) -> dict[str, list[float]]:
     """Fréchet distance and classifier accuracy of samples, one number for each seed."""

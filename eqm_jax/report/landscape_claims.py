@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 
 from eqm_jax import plotting
-from eqm_jax.equilibrium import field as field_lib
 from eqm_jax.equilibrium import tasks
 from eqm_jax.evaluation import outliers
 from eqm_jax.report.lab import FAILS, HOLDS, PARTLY, Lab, all_of, lower, some_of, spread
 from eqm_jax.report.page import plot_bars, plot_histogram, plot_lines
 from eqm_jax.report.sampling_claims import flow_matching_images
+from eqm_jax.sampling import applications
 
 GAMMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SHOWN = 10  # images of a row in a picture
@@ -163,19 +163,8 @@ def _weight_verdicts(first: list[list[float]], second: list[list[float]]) -> lis
 
 def _composed(lab: Lab, terms: list[tuple[int, int | np.ndarray, float]], count: int) -> np.ndarray:
   """Samples of Σ weight·field over terms (seed, label or labels, weight), with the noise of the first seed."""
-  terms = [term for term in terms if abs(term[2]) > 1e-6]  # a term without weight would cost an evaluation
-  row = lab.row("eqm", threshold=lab.options.threshold)
-  generator = lab.generator("eqm", terms[0][0])
-  fields = [lab.generator("eqm", seed).field(row) for seed, _, _ in terms]
-  labels = [np.broadcast_to(label, count).astype(np.int32) for _, label, _ in terms]
-
-  def descend_batch(index):
-    bound = [field.bind(generator.shard(label[index])) for field, label in zip(fields, labels)]
-    composed = field_lib.compose(bound, [weight for _, _, weight in terms])
-    start, index_B = generator.shard((generator.noise(index), index))
-    return generator.descend(row, start, composed, index=index_B).x
-
-  return generator.in_batches("composition", descend_batch, count)
+  terms = [applications.Term(lab.generator("eqm", seed), label, weight) for seed, label, weight in terms]
+  return applications.descend_sum("composition", lab.row("eqm", threshold=lab.options.threshold), terms, count).x
 
 
 def memorisation(lab: Lab) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from eqm_jax.checks import at_least, one_of
 from eqm_jax.evaluation import evaluator
 from eqm_jax.evaluation.reference_data import ReferenceData
 from eqm_jax.io import read_json, write_json
-from eqm_jax.sampling import labels
 from eqm_jax.sampling.generator import Generator
 from eqm_jax.sampling.sample_store import SampleStore
 from eqm_jax.training import sharding
@@ -95,10 +94,8 @@ class PeriodicEvaluation:
       params = self._gather(state.ema_params if self._options.weights == "ema" else state.params)
       params = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), params)
       generator = dataclasses.replace(self._generator, params=params)
-      options, num_classes = self._options, generator.model.num_classes
-      label_N = labels.parse(
-        "evaluation.labels", options.labels, options.during_training.num_samples, num_classes, seed=options.seed
-      )
+      count, num_classes = self._options.during_training.num_samples, generator.model.num_classes
+      label_N = evaluator.requested_labels(self._options, count, num_classes)
       store = self._reference.sample(self._row_name, self._row, label_N, generator, self._directory)
       is_first = distributed.process_index_and_count()[0] == 0
       self._pending = step, _Comparison(self._reference, store) if is_first else None

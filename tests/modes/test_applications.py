@@ -209,13 +209,13 @@ def test_a_folder_sorted_by_class_is_seen_as_a_whole(run, config, mode, sorted_f
   config.tasks.num_images = 10
   config.tasks.denoise.gammas = (0.5,)
   config.tasks.ood.update(scores=("norm", "mahalanobis"), against=("uniform",))
-  taken, arrays = [], samples.arrays
+  taken, read = [], samples.arrays_and_labels  # which `samples.arrays` calls, too
 
-  def recorded_arrays(source, indices, *arguments):
+  def recorded(source, indices, *arguments):
     taken.append(np.bincount(source.labels[np.asarray(indices)], minlength=10))
-    return arrays(source, indices, *arguments)
+    return read(source, indices, *arguments)
 
-  monkeypatch.setattr(samples, "arrays", recorded_arrays)
+  monkeypatch.setattr(samples, "arrays_and_labels", recorded)
   modes.run(mode, config, str(tmp_path), str(run[0]))
   counts = {"denoise": [1], "ood": [1, 6], "inpaint": [1, 6], "compose": [6]}  # of each class, in the order of calls
   np.testing.assert_array_equal(taken, [[count] * 10 for count in counts[mode]])
