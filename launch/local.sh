@@ -97,9 +97,10 @@ while ((${#pids[@]})); do
       echo "process $i failed with exit status $ended" >&2
     fi
   done
-  if [[ $failed_at ]] && ((SECONDS - failed_at >= 2 * grace)); then
+  # SECONDS counts whole ones: only a larger difference means that all of the time is over.
+  if [[ $failed_at ]] && ((SECONDS - failed_at > 2 * grace)); then
     pass_on KILL # it tries to save together with one that is no more
-  elif [[ $failed_at ]] && ((SECONDS - failed_at >= grace)); then
+  elif [[ $failed_at ]] && ((SECONDS - failed_at > grace)); then
     pass_on TERM
   fi
   sleep 0.2

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import load_config
-from test_configs import dead_keys
+from test_config_keys import dead_keys
 
 from eqm_jax import modes
 from eqm_jax.benchmark import measure, network_cases, pipeline_cases, results, suite
