@@ -1,7 +1,7 @@
 """All configuration keys: meaning, unit, choices and default. An experiment beside this file changes some of them.
 
 The defaults are a small run on 8×8 digits. Any key can be set on the command line: --config.train.steps=100. What may
-be None is a reference of a fixed type (placeholder, FieldReference), so that a value can be given where None stands.
+be None is a reference of a fixed type (placeholder, FieldReference). Paths start in the working directory, or at `~`.
 
 Each sampler is a row made by `sampler`. Three sections exist only where they apply, and are made by functions, too:
 `prepare` (data sets of latents), its part `fit` (which trains the autoencoder) and `report`.
@@ -21,10 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.data = config_dict.create(
     source="digits",  # "digits", "mnist", "photographs", "plane", "folder", "tfds", "npz" or "latents"
-    # Arguments of the source. digits: part ("all"; "train", 5 of 6 images; "test", the sixth). mnist: size (14 or 28
-    # pixels), part. photographs: size, stride and shrink of the patches. plane: kind, count, seed. folder: path (a
-    # directory for each class), size, channels. tfds: name, path, split, size, channels. npz: path, num_classes.
-    # latents: path of the cache, verify (compare all checksums first). Sizes are pixels of a side.
+    # Arguments of the source; sizes are pixels of a side. digits: part ("all"; "train", 5 of 6 images; "test", the
+    # sixth). mnist: size (14 or 28), part. photographs: size, stride and shrink of patches. plane: kind, count, seed.
+    # folder: path (a directory for each class), size, channels, upright and background (as tasks has them, but False
+    # and None). tfds: those, name and split. npz: path, num_classes. latents: path, verify (compare checksums first).
     options=config_dict.create(part="all"),
     flip=False,  # mirror half of the images; of latents, take the moments of the mirrored image
     threads=2,  # that read ahead, in each process
@@ -86,7 +86,8 @@ def get_config() -> ml_collections.ConfigDict:
     grad_accum_steps=1,  # microbatches a batch is computed in: less memory, the same gradient
     log_every=100,  # steps
     profile=placeholder(tuple),  # (first, last) step of a trace in WORKDIR/profile; None: no trace
-    init_from=placeholder(str),  # a model to take the first parameters from, as eqm_jax.load reads it; None: random
+    wandb_project=placeholder(str),  # of Weights & Biases, to which metrics and pictures go, too; None: no such log
+    init_from=placeholder(str),  # a model, of any classes, for the first parameters (docs/checkpoints.md); None: random
   )
   config.checkpoint = config_dict.create(every=1000, keep=2)  # steps; the newest checkpoints that are kept
   config.mesh = config_dict.create(data=-1, fsdp=1, tensor=1)  # devices along each axis; -1: the rest
@@ -139,7 +140,9 @@ def get_config() -> ml_collections.ConfigDict:
     save_npz=True,  # also the arrays
   )
   config.tasks = config_dict.create(  # --mode=denoise, ood, compose and inpaint
-    images=placeholder(str),  # a folder of images or an .npz; None: data.source
+    images=placeholder(str),  # a folder of images, an image, an .npz or .npy; None: data.source
+    upright=True,  # turn image files as their EXIF orientation says; False: as they are stored
+    background=placeholder(str),  # behind what is transparent in them: "white", "black", or None: drop transparency
     num_images=100,
     sampler="adaptive",  # one of the samplers that descend; ood only evaluates the field
     labels="none",  # as evaluation.labels, or "own": those of the images
@@ -220,7 +223,7 @@ def prepare(**overrides: Any) -> ml_collections.ConfigDict:
     dtype="float16",  # of the moments: "float16" or "bfloat16"
     images_per_shard=2048,  # 67 MB of 32×32×4 latents
     threads=2,  # that read ahead
-    skip_damaged=False,  # leave damaged images out and count them; False: stop at the first
+    skip_damaged=False,  # leave damaged images out and count them; False: stop at the first, as at too large ones
   )
 
 
@@ -274,11 +277,11 @@ def smoke(config):
   config.benchmark.metrics.update(samples=100, real=100)
 
 
-def apply(config, variants: dict[str, Any], name: str, file: str) -> ml_collections.ConfigDict:
-  """Applies the function `variants[name]` to the config of an experiment; "" is the experiment itself."""
-  if name and name not in variants:
-    known = f"choose one of {', '.join(variants)}, or none" if variants else "it has none"
-    raise ValueError(f"configs/{file} has no variant {name!r}: {known}")
-  if name:
+def apply(config, variants: dict[str, Any], names: str, file: str) -> ml_collections.ConfigDict:
+  """Applies functions of `variants` to the config of an experiment: "smoke" or "samplers,smoke"; "" is the config."""
+  for name in filter(None, names.split(",")):
+    if name not in variants:
+      known = f"choose one of {', '.join(variants)}, or none" if variants else "it has none"
+      raise ValueError(f"configs/{file} has no variant {name!r}: {known}")
     variants[name](config)
-  return config.lock()
+  return config.unlock().lock()  # sections that replace others are not locked yet

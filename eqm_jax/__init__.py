@@ -26,10 +26,14 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` do
   from eqm_jax.equilibrium.sampler import descend as descend
   from eqm_jax.equilibrium.sampler import start_noise as start_noise
   from eqm_jax.equilibrium.streaming import descend_stream as descend_stream
+  from eqm_jax.experiments import config as config
+  from eqm_jax.notebook import run as run
 
 __version__ = "0.2.0"
 
 _HOMES = {
+  "config": "experiments",
+  "run": "notebook",
   "load": "checkpoints.pretrained",
   "save_pretrained": "checkpoints.pretrained",
   "export_reference": "checkpoints.eqm_torch",
@@ -50,6 +54,8 @@ _HOMES = {
   "oracle_field": "equilibrium.oracle",
 }
 __all__ = [  # spelled out for type checkers
+  "config",
+  "run",
   "load",
   "save_pretrained",
   "export_reference",

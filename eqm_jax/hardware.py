@@ -7,10 +7,11 @@ GPUs: NVIDIA's data sheets, dense bfloat16; JAX takes three quarters of their me
 """
 
 import dataclasses
+import importlib.util
 import os
+import pathlib
 import platform
 import re
-import sys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def processor() -> Processor:
 
 def cores() -> int:
   """Number of CPU cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def xla_cpu_threads(devices: int) -> int:
@@ -104,22 +105,26 @@ def xla_cpu_threads(devices: int) -> int:
   return max(cores(), devices)
 
 
-HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+DEVICE_FILES = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd", "dxg")  # TPUs, NVIDIA's and AMD's GPUs, GPUs of WSL
+DEVICES, PCI_DEVICES = "/dev", "/sys/bus/pci/devices"
 
 
-def restart_with_huge_pages():
-  """Restarts this Python program, once, so that its large arrays lie in huge pages of memory.
+def use_cpu_without_accelerator():
+  """Has JAX take the CPU where libtpu is installed, to make plans, and the machine has neither a TPU nor a GPU.
 
-  XLA's CPU backend allocates its temporaries anew in every step; with pages of 4 KiB a training step of a 33 M
-  parameter network spends a sixth of its time on page faults. The C library reads the setting when a process starts,
-  hence the restart, which keeps the process id and takes a few hundredths of a second. Nothing happens if the setting
-  is there already (GLIBC_TUNABLES), if the kernel does not leave the choice to programs, or without glibc.
+  Otherwise every process that uses JAX looks for a TPU through libtpu, which complains in five lines that there is
+  none. To be called before JAX is imported. A JAX_PLATFORMS that is set stays.
   """
-  tunables = os.environ.get("GLIBC_TUNABLES", "")
-  if "glibc.malloc.hugetlb" in tunables or platform.libc_ver()[0] != "glibc" or not os.path.exists(HUGE_PAGES):
-    return
-  with open(HUGE_PAGES, encoding="ascii") as file:
-    if "[madvise]" not in file.read():
-      return
-  os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
-  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+  if not os.environ.get("JAX_PLATFORMS") and importlib.util.find_spec("libtpu") and not _may_have_accelerator():
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _may_have_accelerator() -> bool:
+  """Whether there is a TPU or GPU, or hardware of Google's whose driver is missing, of which JAX should complain."""
+  if any(any(pathlib.Path(DEVICES).glob(pattern)) for pattern in DEVICE_FILES):
+    return True
+  for device in pathlib.Path(PCI_DEVICES).glob("*"):
+    vendor, kind = ((device / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
+    if vendor == "0x1ae0" and not kind.startswith(("0x01", "0x02")):  # disks and networks of its virtual machines
+      return True
+  return False

@@ -4,12 +4,16 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import socket
 from collections.abc import Iterator
 from typing import IO, Any
 
 import filelock
+
+try:
+  import resource
+except ImportError:  # Windows
+  resource = None
 
 LOCK = ".lock"
 
@@ -51,8 +55,8 @@ def workdir_lock(directory: str) -> Iterator[None]:
   """Makes a directory and keeps other processes from locking it while the block runs.
 
   The lock is the kernel's (flock), so it ends with a killed process. Processes on other machines see it where the file
-  system passes locks on (NFS, Lustre with `flock`); a mounted bucket does not. A file system without locks gets a
-  warning.
+  system passes locks on (NFS, Lustre with `flock`); a mounted bucket does not. Where there are none, by the file system
+  or on Windows, there is a warning.
 
   Raises:
     ValueError: if another process has the lock, or the directory cannot be written.
@@ -63,6 +67,10 @@ def workdir_lock(directory: str) -> Iterator[None]:
     open(path, "a").close()
   except OSError as error:
     raise ValueError(f"{directory}: cannot be written ({error.strerror}). Choose another --workdir") from error
+  if not filelock.has_fcntl:
+    log.warning("%s: not locked, this system has no flock: make sure that no other run writes there", directory)
+    yield
+    return
   # The package's fallback for file systems without locks would outlive a killed process.
   lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False, on_acquired=_write_holder)
   try:
@@ -83,6 +91,19 @@ def workdir_lock(directory: str) -> Iterator[None]:
     lock.release()
 
 
+def check_writable(directory: str, remedy: str):
+  """Refuses a directory in which nothing can be written; makes none.
+
+  Raises:
+    ValueError: with the remedy.
+  """
+  existing = os.path.abspath(directory)
+  while not os.path.lexists(existing):
+    existing = os.path.dirname(existing)
+  if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+    raise ValueError(f"{directory}: cannot be written: {remedy}")
+
+
 def _write_holder(descriptor: int):
   """Writes into a lock file who holds it, for the error of others."""
   with contextlib.suppress(OSError):  # of a full disk: the lock holds without the name
@@ -96,6 +117,8 @@ def allow_open_files(count: int):
   Raises:
     ValueError: if the machine does not allow that.
   """
+  if resource is None:
+    return
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   needed = count + 256
   if soft == resource.RLIM_INFINITY or needed <= soft:

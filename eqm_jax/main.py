@@ -4,29 +4,32 @@
   python -m eqm_jax.main --config=configs/digits.py --workdir=runs/digits --mode=sample --config.sample.num_samples=20
   python -m eqm_jax.main --mode=help
 
-Every key of the config is a flag, --config.SECTION.KEY=VALUE; configs/base.py documents them all.
+The program `eqm-jax` does the same as `python -m eqm_jax.main`, and --config=digits finds that config anywhere. Every
+key of the config is a flag, --config.SECTION.KEY=VALUE; configs/base.py documents them all.
 """
 
 import contextlib
+import importlib.metadata
 import logging
 import os
+import platform
 import re
 import sys
 
 import absl.logging
 from absl import app, flags
-from ml_collections import config_dict, config_flags
-from ml_collections.config_flags import config_path
+from ml_collections import config_flags
 
-from eqm_jax import hardware, modes
+import eqm_jax
+from eqm_jax import experiments, hardware, modes, process, progress
 
 CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "The experiment: a file of configs/, or FILE.py:VARIANT for one of its variants."
+  "config", None, "The experiment: a name such as digits, or a file FILE.py; with :VARIANT, one of its variants."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, for checkpoints, metrics and results.")
 MODE = flags.DEFINE_enum("mode", "train", [*modes.NAMES, "help"], "What to do; help explains each mode in a table.")
 CHECKPOINT = flags.DEFINE_string(
-  "checkpoint", None, "Model to use instead of the workdir's: a workdir, an exported directory, or a .pt file."
+  "checkpoint", None, "Model to use instead of the workdir's, as eqm_jax.load takes it: a path, or digits."
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, "For plan: TPU slices, such as v5e:4x4 or v4-32,v5e-16.")
 SEARCH = flags.DEFINE_boolean("search", False, "For plan: look for cheaper settings even where the config fits.")
@@ -39,18 +42,27 @@ ADDRESS = flags.DEFINE_string(
   None,
   "Several processes: HOST:PORT of the first one. TPU pods, SLURM, Open MPI and GKE know it.",
 )
-PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: their number, with --coordinator_address.")
+PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Several processes: their number, with --coordinator_address. 1: looks for no others."
+)
 PROCESS = flags.DEFINE_integer("process_id", None, "Several processes: the number of this one, from 0.")
+VERSION = flags.DEFINE_boolean("version", False, "Print the versions of the package, JAX and Python.")
 
 log = logging.getLogger("eqm_jax")
 
 
 def main(argv: list[str]):
+  if VERSION.value:
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax")]
+    print(f"eqm_jax {eqm_jax.__version__}", *versions, f"Python {platform.python_version()}", sep=", ")
+    return
   if MODE.value == "help":
+    sys.stdout.reconfigure(errors="replace")  # of an encoding without the table's lines
     print(modes.table())
     return
   _check_arguments(argv)
   _log_to_stderr()
+  hardware.use_cpu_without_accelerator()
   from eqm_jax import distributed  # imports JAX: a mistyped flag is refused before it
 
   mode = modes.declaration(MODE.value)
@@ -61,7 +73,7 @@ def main(argv: list[str]):
       if distributed.process_index_and_count()[0] > 0:
         log.setLevel(logging.WARNING)  # the first process logs what is the same in all
     mode_flags = {flag.name: flag.value for flag in (CHECKPOINT, TOPOLOGY, SEARCH, COMPARE, COMPARE_ANY)}
-    modes.run(mode.name, CONFIG.value, os.path.abspath(WORKDIR.value), **mode_flags)
+    modes.run(mode.name, CONFIG.value, WORKDIR.value, **mode_flags)
 
 
 def _check_arguments(argv: list[str]):
@@ -77,9 +89,7 @@ def _check_arguments(argv: list[str]):
 def _log_to_stderr():
   """Logs the package's lines; those of libraries, which use absl, from WARNING on."""
   absl.logging.set_verbosity(absl.logging.WARNING)
-  handler = logging.StreamHandler()
-  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-  log.addHandler(handler)
+  log.addHandler(progress.LineHandler(sys.stderr))
   log.setLevel(logging.INFO)
   log.propagate = False
 
@@ -87,10 +97,9 @@ def _log_to_stderr():
 def _parse_flags(argv: list[str]) -> list[str]:
   to_none = [flag for flag in argv if re.fullmatch(r"--config\.[\w.]+=None", flag)]  # ml_collections parses no None
   try:
-    rest = flags.FLAGS([argument for argument in argv if argument not in to_none])
-    _check_config_file(argv)
+    rest = flags.FLAGS([argument for argument in _with_path(argv) if argument not in to_none])
     for flag in to_none if CONFIG.value is not None else ():
-      _set_none(CONFIG.value, flag.removeprefix("--config.").removesuffix("=None"))
+      experiments.set_value(CONFIG.value, flag.removeprefix("--config.").removesuffix("=None"), None)
     return rest
   except (AttributeError, KeyError) as error:  # of a ConfigDict, which names the nearest key
     sys.exit(f"error: {_unknown_key(_plain(str(error)), argv)}")
@@ -98,12 +107,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     sys.exit(f"error: {_plain(str(error).split('Error: ')[-1])}")
 
 
-def _check_config_file(argv: list[str]):
-  """Refuses a config that does not exist; ml_collections would say so on first use, in several lines."""
-  named = re.findall(r"(?:^|\s)--?config[= ](\S+)", " ".join(argv))
-  path = named[-1].partition(":")[0] if named else ""
-  if path and not os.path.isfile(path):
-    raise ValueError(f"--config={named[-1]}: there is no file {path}: give FILE.py or FILE.py:VARIANT")
+def _with_path(argv: list[str]) -> list[str]:
+  """The arguments with the path of a config in place of its name."""
+  flag = re.compile(r"(?<=\0)(--?config[=\0])([^\0]+)")
+  return flag.sub(lambda match: match[1] + experiments.find(match[2]), "\0".join(argv)).split("\0")
 
 
 def _unknown_key(text: str, argv: list[str]) -> str:
@@ -115,22 +122,18 @@ def _unknown_key(text: str, argv: list[str]) -> str:
   return f"{flag}: there is no key {key} in the config: {remedy}"
 
 
-def _set_none(config: config_dict.ConfigDict, key: str):
-  """Sets a key to None if that is one of its values: in configs/base.py those are references."""
-  section, _, name = key.rpartition(".")
-  holder = config_path.get_value(section, config) if section else config
-  if not isinstance(dict(holder.items(preserve_field_references=True))[name], config_dict.FieldReference):
-    raise ValueError(f"config.{key} = None must be a value: configs/base.py has its choices")
-  holder[name] = None
-
-
 def _plain(text: str) -> str:
   """One line without the quotes and escapes of nested exceptions."""
   return " ".join(text.replace("\\n", " ").replace("\\", "").replace("'", "").replace('"', "").split())
 
 
 def run():
-  """Entry point: an error that the user can correct is one line, without a traceback."""
+  """Parses the flags and runs: an error that the user can correct is one line, without a traceback."""
+  if progress.in_notebook():
+    raise ValueError(
+      "main.run() reads a command line, which a notebook does not have: call in place of it "
+      "eqm_jax.run('train', eqm_jax.config('digits'), 'runs/digits')"
+    )
   try:
     app.run(main, flags_parser=_parse_flags)
   except (ValueError, FloatingPointError, OSError) as error:
@@ -140,5 +143,9 @@ def run():
 
 
 if __name__ == "__main__":
-  hardware.restart_with_huge_pages()
-  run()
+  process.restart_with_huge_pages()
+  process.end_on_second_interrupt()
+  try:
+    run()
+  except BaseException as ending:  # SystemExit, when all went well
+    process.end_process(ending)

@@ -1,29 +1,78 @@
 """Pictures of samples. Images are [N, H, W, C] in [−1, 1]; beyond three channels, the first three are shown."""
 
+import contextlib
 import io
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
   import matplotlib.figure
 
 MARGIN = 1  # pixels between images, before enlarging
+CAPTION_WIDTH, CAPTION_HEIGHT = 64, 16  # pixels
 
 
-def grid(images: np.ndarray, columns: int) -> Image.Image:
-  """Images row by row, small ones enlarged without smoothing."""
+def grid(
+  images: np.ndarray,
+  columns: int,
+  *,
+  margin: int = MARGIN,
+  zoom: int | None = None,
+  captions: Sequence[str] | None = None,
+) -> Image.Image:
+  """Images row by row, enlarged without smoothing: by `zoom`, or without it small ones.
+
+  Args:
+    images: [N, H, W, C].
+    columns: images in a row.
+    margin: pixels between images, before enlarging.
+    zoom: factor of both sides.
+    captions: a text below each image, cut off where it would meet the next; "" and None: none.
+  """
   pixels = _to_rgb(images)
   N, H, W, _ = pixels.shape
   rows = -(-N // columns)
-  canvas = np.full((rows * (H + MARGIN) + MARGIN, columns * (W + MARGIN) + MARGIN, 3), 255, np.uint8)
+  canvas = np.full((rows * (H + margin) + margin, columns * (W + margin) + margin, 3), 255, np.uint8)
   for i, image in enumerate(pixels):
-    top, left = MARGIN + (i // columns) * (H + MARGIN), MARGIN + (i % columns) * (W + MARGIN)
+    top, left = margin + (i // columns) * (H + margin), margin + (i % columns) * (W + margin)
     canvas[top : top + H, left : left + W] = image
-  zoom = max(1, 48 // H)
-  return Image.fromarray(canvas).resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.Resampling.NEAREST)
+  zoom = zoom or max(1, (CAPTION_WIDTH if captions else 48) // H)
+  picture = Image.fromarray(canvas)
+  picture = picture.resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.Resampling.NEAREST)
+  return _with_captions(picture, captions, columns, rows) if captions else picture
+
+
+def _with_captions(picture: Image.Image, captions: Sequence[str], columns: int, rows: int) -> Image.Image:
+  """A grid with a line of text below each row of images that has captions."""
+  import matplotlib  # its font has more scripts than Pillow's
+
+  font = ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 10)
+  width, height = picture.width // columns, picture.height // rows
+  texts = [captions[first : first + columns] for first in range(0, rows * columns, columns)]
+  captioned = [any(row) for row in texts]
+  result = Image.new("RGB", (picture.width, picture.height + CAPTION_HEIGHT * sum(captioned)), "white")
+  draw, top = ImageDraw.Draw(result), 0
+  for row, row_texts in enumerate(texts):
+    end = picture.height if row == rows - 1 else (row + 1) * height
+    result.paste(picture.crop((0, row * height, picture.width, end)), (0, top))
+    top += end - row * height
+    for column, text in enumerate(row_texts):
+      room = next((i for i, other in enumerate(row_texts[column + 1 :]) if other), columns - column - 1) + 1
+      while text != "…" and font.getlength(text) > width * room - 4:
+        text = text.removesuffix("…")[:-1] + "…"
+      draw.text((column * width + 2, top), text, fill="black", font=font)
+    top += CAPTION_HEIGHT * captioned[row]
+  return result
+
+
+def row_captions(names: Sequence[str], columns: int) -> list[str]:
+  """Captions of a grid that name its rows, below the first image of each."""
+  return [text for name in names for text in (name, *[""] * (columns - 1))]
 
 
 def single(image: np.ndarray) -> Image.Image:
@@ -91,12 +140,32 @@ def _to_rgb(images: np.ndarray) -> np.ndarray:
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["matplotlib.figure.Figure", Any]:
   """A diagram in inches and its axes, [rows, columns] of them if more than one; no display is needed."""
-  import matplotlib.backends.backend_agg  # here, so that a run that draws nothing starts a second sooner
+  _import_matplotlib()
+  import matplotlib.backends.backend_agg
   import matplotlib.figure
 
   drawn = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
   matplotlib.backends.backend_agg.FigureCanvasAgg(drawn)
   return drawn, drawn.subplots(rows, columns)
+
+
+def _import_matplotlib():
+  """Imports matplotlib (here, so that a run that draws nothing starts a second sooner), whatever MPLBACKEND names.
+
+  In a notebook's terminal that is the notebook's backend. Matplotlib cannot be imported where this is not installed,
+  although no figure here needs a backend.
+  """
+  if "matplotlib" in sys.modules:
+    return
+  backend = os.environ.pop("MPLBACKEND", None)
+  try:
+    import matplotlib
+  finally:
+    if backend is not None:
+      os.environ["MPLBACKEND"] = backend
+  if backend:  # for pyplot, should somebody import it later
+    with contextlib.suppress(ValueError):
+      matplotlib.rcParams["backend"] = backend
 
 
 def rendered(figure: "matplotlib.figure.Figure") -> Image.Image:

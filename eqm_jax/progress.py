@@ -1,18 +1,46 @@
-"""Progress of long work: a bar in a terminal, elsewhere a line of the log every 20 seconds."""
+"""Progress of long work: a bar in a terminal or a notebook, elsewhere a line of the log every 20 seconds."""
 
 import contextlib
 import datetime
 import logging
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import tqdm
 
 INTERVAL = 20.0  # seconds between two lines of a log
 
 log = logging.getLogger(__name__)
+
+
+def in_notebook() -> bool:
+  """Whether a notebook's kernel runs this process."""
+  ipython = sys.modules.get("IPython")
+  return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+class _Bar(tqdm.tqdm):
+  monitor_interval = 0  # or a thread of tqdm's would stay when all bars are gone
+
+
+class LineHandler(logging.Handler):
+  """Writes lines of a log with their time, above the bars that are shown."""
+
+  def __init__(self, stream: IO[str]):
+    super().__init__()
+    self._stream = stream
+    self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+
+  def emit(self, record: logging.LogRecord):
+    try:
+      _Bar.write(self.format(record), file=self._stream)
+      self._stream.flush()
+    except Exception:  # as handlers of the standard library do: nobody may read the log any more
+      self.handleError(record)
 
 
 class Heartbeat:
@@ -42,7 +70,7 @@ class Heartbeat:
 def waiting(description: str) -> Iterator[None]:
   """Logs for how long the block has been running, every `INTERVAL` seconds: for work that cannot be counted."""
   begin = time.monotonic()
-  heartbeat = Heartbeat(lambda: log.info("%s: %s so far", description, time_left(time.monotonic() - begin)))
+  heartbeat = Heartbeat(lambda: log.info("%s: %s so far", description, duration(time.monotonic() - begin)))
   try:
     yield
   finally:
@@ -68,7 +96,7 @@ class Progress:
     self._total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
     self._desc, self._unit, self._count, self._postfix = desc, unit, 0, ""
     self._begin = time.monotonic()
-    self._bar = tqdm.tqdm(total=self._total, desc=desc, unit=unit, disable=disable or None)  # None: if no terminal
+    self._bar = bar(disable, total=self._total, desc=desc, unit=unit)
     self._heartbeat = Heartbeat(self._log) if self._bar.disable and not disable else None
 
   def update(self, count: int = 1):
@@ -110,14 +138,25 @@ class Progress:
       rate = self._count / seconds
       parts.append(f"{rate:.4g} {self._unit}/s")
       if self._total is not None:
-        parts.append(f"{time_left((self._total - self._count) / rate)} left")
+        parts.append(f"{duration((self._total - self._count) / rate)} left")
     else:
-      parts.append(f"{time_left(seconds)} so far")
+      parts.append(f"{duration(seconds)} so far")
     if self._postfix:
       parts.append(self._postfix)
     return "  ".join(parts)
 
 
-def time_left(seconds: float) -> str:
+def bar(disable: bool, **options: Any) -> tqdm.tqdm:
+  """Makes a bar of tqdm, which a terminal shows, and a notebook, as a widget where it has them."""
+  if not in_notebook():
+    return _Bar(disable=disable or None, **options)  # None: if no terminal
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", tqdm.TqdmWarning)  # about widgets: without them it is a line of text
+    import tqdm.auto as tqdm_auto
+
+    return tqdm_auto.tqdm(disable=disable, **options)
+
+
+def duration(seconds: float) -> str:
   """Seconds as "1:02:03"."""
   return str(datetime.timedelta(seconds=round(seconds)))

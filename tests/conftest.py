@@ -2,10 +2,14 @@
 
 import argparse
 import atexit
+import html
+import importlib.metadata
 import io
+import json
 import os
 import pathlib
 import pickle
+import re
 import runpy
 import shutil
 import signal
@@ -14,6 +18,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+from typing import Any
+
+from packaging.version import Version
+
+from eqm_jax import hardware
 
 # Tests compile much and run little. Without optimisations, and without the kernels of XLA's fusion emitters, they
 # take a third of the time. Inherited by the processes that tests start; set before jax is imported.
@@ -21,10 +30,11 @@ os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
     "--xla_llvm_disable_expensive_passes=true",
   ]
 )
+if Version(importlib.metadata.version("jaxlib")) < Version("0.11.1"):  # newer ones refuse this flag as unknown
+  os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # What one of these processes has compiled, the others read. The cache is of this run of the tests alone, so nothing in
 # it is stale.
@@ -34,14 +44,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# libtpu, with which plans are made, would be looked to for a TPU by every process that starts, and complain.
-if not any(any(pathlib.Path("/dev").glob(device)) for device in ("accel*", "vfio/*", "nvidia0")):
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_PLATFORMS" not in os.environ:  # inherited by the processes that tests start
+  hardware.use_cpu_without_accelerator()
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -134,7 +144,9 @@ def legacy_state_dict(tensors: dict[str, bytes]) -> bytes:
 def final_state(workdir: pathlib.Path) -> dict[str, bytes]:
   """Every array of a run's newest checkpoint, as bytes."""
   with checkpoint_manager.open_manager(str(workdir)) as manager:
-    state = manager.restore(manager.latest_step()).state
+    step = manager.latest_step()
+    as_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), manager.item_metadata(step).state.tree)
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_arrays))).state
   flat = jax.tree_util.tree_flatten_with_path(state)[0]
   return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in flat}
 
@@ -221,6 +233,34 @@ def kill_processes():
   while STARTED:
     with STARTED.pop() as process:
       process.kill()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+def in_browser(page: pathlib.Path, script: str, *, dark: bool = False, width: int = 1100) -> tuple[Any, Image.Image]:
+  """What the body of a JavaScript function returns for a loaded page, and a screenshot, by a headless Chromium.
+
+  Fails on any error in the page, a picture that is not drawn, and a page that is wider than the window.
+  """
+  copy, shot = page.with_suffix(".tested.html"), page.with_suffix(".screenshot.png")
+  copy.write_text(
+    "<!doctype html><script>window.errors = []; window.onerror = text => errors.push(text);</script>"
+    f"{page.read_text(encoding='utf-8')}<script>window.onload = () => {{ document.title = JSON.stringify({{ errors,"
+    " broken: [...document.images].filter(image => !image.naturalWidth).map(image => image.alt),"
+    " wider: document.documentElement.scrollWidth - innerWidth,"
+    f" result: (() => {{ {script} }})() }}); }};</script>",
+    encoding="utf-8",
+  )
+  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},2000"]
+  flags += ["--virtual-time-budget=3000", f"--user-data-dir={page.with_suffix('.profile')}", f"--screenshot={shot}"]
+  flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", copy.as_uri()]
+  dom = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=120, check=True).stdout
+  found = json.loads(html.unescape(re.findall("<title>(.*?)</title>", dom)[0]))
+  assert found["errors"] == found["broken"] == [] and found["wider"] <= 0, found
+  with Image.open(shot) as image:
+    return found["result"], image.convert("RGB")
 
 
 class Reference:

@@ -1,7 +1,6 @@
 import builtins
 import io
 import os
-import sys
 
 import pytest
 
@@ -61,36 +60,37 @@ def test_threads_are_one_for_each_core_or_as_the_environment_says(monkeypatch):
 
 
 @pytest.fixture
-def restarted(monkeypatch, tmp_path) -> list:
-  """The commands with which the process would have started again; the kernel and the C library are a usual Linux's."""
-  commands = []
-  monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
-  monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("glibc", "2.36"))
-  monkeypatch.setattr(hardware, "HUGE_PAGES", str(tmp_path / "enabled"))
-  (tmp_path / "enabled").write_text("always [madvise] never\n")
-  monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "eqm_jax.main", "--config=a b.py"])
-  monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
-  return commands
+def machine(monkeypatch, tmp_path):
+  """A machine with libtpu, no accelerator, and a network device of Google's."""
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: name == "libtpu")
+  monkeypatch.setattr(hardware, "DEVICES", str(tmp_path / "dev"))
+  monkeypatch.setattr(hardware, "PCI_DEVICES", str(tmp_path / "pci"))
+  (tmp_path / "dev" / "vfio").mkdir(parents=True)
+  (tmp_path / "dev" / "vfio" / "vfio").touch()
+  (tmp_path / "pci" / "0").mkdir(parents=True)
+  (tmp_path / "pci" / "0" / "vendor").write_text("0x1ae0\n")
+  (tmp_path / "pci" / "0" / "class").write_text("0x020000\n")
+  return tmp_path
 
 
-def test_a_program_starts_again_once_with_huge_pages(restarted):
-  hardware.restart_with_huge_pages()
-  assert restarted == [[sys.executable, "-m", "eqm_jax.main", "--config=a b.py"]]
-  assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
-  hardware.restart_with_huge_pages()
-  assert len(restarted) == 1
+def test_without_an_accelerator_libtpu_is_not_asked_for_one(machine):
+  hardware.use_cpu_without_accelerator()
+  assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
-@pytest.mark.parametrize("kernel", ["[always] madvise never", "always madvise [never]", None])
-def test_where_huge_pages_are_no_choice_nothing_restarts(restarted, tmp_path, kernel):
-  (tmp_path / "enabled").unlink()
-  if kernel:
-    (tmp_path / "enabled").write_text(kernel)
-  hardware.restart_with_huge_pages()
-  assert not restarted
+@pytest.mark.parametrize("device", ["dev/accel0", "dev/vfio/0", "dev/nvidia0", "dev/kfd", "pci/0/class"])
+def test_an_accelerator_is_left_to_jax(machine, device):
+  (machine / device).write_text("0x120000")  # of a PCI device: one that computes, whose driver may be missing
+  hardware.use_cpu_without_accelerator()
+  assert "JAX_PLATFORMS" not in os.environ
 
 
-def test_without_glibc_nothing_restarts(restarted, monkeypatch):
-  monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
-  hardware.restart_with_huge_pages()
-  assert not restarted
+def test_jax_chooses_where_libtpu_is_missing_or_the_platform_is_set(machine, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+  hardware.use_cpu_without_accelerator()
+  assert os.environ["JAX_PLATFORMS"] == "tpu,cpu"
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+  hardware.use_cpu_without_accelerator()
+  assert "JAX_PLATFORMS" not in os.environ

@@ -1,15 +1,17 @@
 """The command line: help, results, and mistakes that are refused in one line before anything is compiled."""
 
 import json
+import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from conftest import ROOT, load_config
 
 import eqm_jax
-from eqm_jax import main, modes
+from eqm_jax import experiments, main, modes
 
 TINY = [
   "--config=configs/digits.py:smoke",
@@ -27,7 +29,8 @@ TINY = [
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
   command = [sys.executable, "-m", "eqm_jax.main", *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as in a notebook's terminal
+  return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +41,15 @@ def trained(tmp_path_factory):
   return workdir
 
 
-def test_help_lists_the_modes_without_config_and_workdir():
+def test_help_lists_the_modes_without_config_and_workdir(monkeypatch):
+  monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # which lacks the table's lines
   finished = run("--mode=help")
   assert finished.returncode == 0, finished.stderr
   for name in modes.NAMES:
     mode = modes.declaration(name)
     assert f" {name} " in finished.stdout
-    assert all(word in finished.stdout for word in f"{mode.summary} {mode.writes}".split())  # lines are wrapped
+    words = f"{mode.summary} {mode.writes}".encode("ascii", "replace").decode().split()  # lines are wrapped
+    assert all(word in finished.stdout for word in words)
 
 
 def test_help_explains_the_flags():
@@ -67,6 +72,8 @@ def test_a_run_writes_what_it_promises(trained):
     "descent.png",
     "descent.gif",
     "nfe_adaptive.png",
+    "samples_gd.html",
+    "../report.html",
   ):
     assert (trained / "evaluation" / name).stat().st_size > 100
   steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -97,7 +104,7 @@ def test_samples_go_to_files(trained):
   assert names == ["000000_3.png", "000001_7.png", "000002_8.png", "000003_3.png", "000004_7.png"]
   arrays = np.load(directory / "samples.npz")
   assert arrays["x"].shape == (5, 8, 8, 1) and arrays["label"].tolist() == [3, 7, 8, 3, 7]
-  for name in ("samples.png", "descent.png", "descent.gif", "norms.png"):
+  for name in ("samples.png", "samples.html", "descent.png", "descent.gif", "norms.png"):
     assert (directory / name).stat().st_size > 100
 
 
@@ -127,7 +134,7 @@ def test_another_config_on_the_same_workdir_is_refused(trained):
     pytest.param(["--config.model.depth=three"], "three", marks=pytest.mark.slow),
     (["--mode=dream"], "dream"),
     pytest.param(["stray"], "stray", marks=pytest.mark.slow),
-    (["--config.data.source=cifar"], "must be one of digits, mnist"),
+    pytest.param(["--config.data.source=cifar"], "must be one of digits, mnist", marks=pytest.mark.slow),
     pytest.param(
       ["--config.model.patch_size=3"], "patch_size = 3 does not divide model.input_size = 8", marks=pytest.mark.slow
     ),
@@ -159,15 +166,34 @@ def test_mistakes_are_refused_in_one_line(tmp_path, arguments, text):
   assert text in finished.stderr and "Traceback" not in finished.stderr
 
 
+@pytest.mark.parametrize("flag", [["--config=NAME"], ["-config=NAME"], ["--config", "NAME"]])
+def test_configs_are_found_by_name(tmp_path, monkeypatch, flag):
+  monkeypatch.chdir(tmp_path)
+  rest = ["--workdir=digits", "--mode", "train", "--config.data.source=digits"]
+  for name in ("digits:smoke", "configs/digits.py:smoke"):
+    argv = ["main", *(part.replace("NAME", name) for part in flag), *rest]
+    expected = [part.replace("NAME", f"{ROOT / 'configs' / 'digits.py'}:smoke") for part in flag]
+    assert main._with_path(argv) == ["main", *expected, *rest]
+
+
 def test_a_missing_config_is_refused(tmp_path):
   finished = run("--config=configs/nothing.py", f"--workdir={tmp_path}")
   assert finished.returncode != 0
-  assert finished.stderr.startswith("error: --config=configs/nothing.py: there is no file configs/nothing.py")
+  assert finished.stderr.startswith("error: config configs/nothing.py: there is no such file: give a path, or")
 
 
-def test_keys_that_may_be_none_take_it_from_the_command_line():
+def test_keys_that_may_be_none_take_it():
   config = load_config("digits")
-  main._set_none(config, "evaluation.num_samples")
+  experiments.set_value(config, "evaluation.num_samples", None)
   assert config.evaluation.num_samples is None
-  with pytest.raises(ValueError, match="config.train.steps = None must be a value"):
-    main._set_none(config, "train.steps")
+  with pytest.raises(ValueError, match="train.steps = None must be a value"):
+    experiments.set_value(config, "train.steps", None)
+
+
+def test_a_notebook_is_told_what_to_call_instead(monkeypatch):
+  monkeypatch.setitem(
+    sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: types.SimpleNamespace(kernel=1))
+  )
+  monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+  with pytest.raises(ValueError, match=r"in place of .*eqm_jax.run\('train', eqm_jax.config\('digits'\)"):
+    main.run()

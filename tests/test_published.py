@@ -35,6 +35,16 @@ def test_the_published_settings_are_what_is_evaluated(variant, settings):
   assert config.autoencoder.dtype == "float32"
 
 
+def write_checkpoint(path):
+  """A small network of five classes, as the authors save theirs."""
+  model = dit.DiT(input_size=8, channels=4, patch_size=2, width=16, depth=2, num_heads=2, num_classes=5)
+  x, label = np.zeros((1, 8, 8, 4)), np.zeros(1, np.int32)
+  params = jax.device_get(jax.jit(model.init)(jax.random.key(0), x, label)["params"])
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
+  eqm_torch.export_reference(str(path), model, params)
+
+
 def write_weights(path):
   weights = runpy.run_path(str(ROOT / "tests" / "reference" / "inception" / "seeded_weights.py"))["seeded_weights"]()
   strides = {name: tuple(step // 4 for step in array.strides) for name, array in weights.items()}
@@ -57,12 +67,7 @@ def write_reference(path, weights):
 
 @pytest.mark.slow  # eigenvalues of 2,048 × 2,048: about two minutes
 def test_a_checkpoint_of_the_authors_is_evaluated_with_one_command(tmp_path):
-  model = dit.DiT(input_size=8, channels=4, patch_size=2, width=16, depth=2, num_heads=2, num_classes=5)
-  x, label = np.zeros((1, 8, 8, 4)), np.zeros(1, np.int32)
-  params = jax.device_get(jax.jit(model.init)(jax.random.key(0), x, label)["params"])
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), params)
-  eqm_torch.export_reference(str(tmp_path / "EqM.pt"), model, params)
+  write_checkpoint(tmp_path / "EqM.pt")
   weights = write_weights(tmp_path / "inception.pth")
   write_reference(tmp_path / "VIRTUAL.npz", weights)
 

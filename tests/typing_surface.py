@@ -37,13 +37,22 @@ def fields(noise: jax.Array, labels: jax.Array) -> jax.Array:
 def samplers(field: Field, labels: jax.Array, key: jax.Array) -> jax.Array:
   noise: jax.Array = eqm_jax.start_noise(key, jnp.arange(10), (8, 8, 1))
   bound: BoundField = field.bind(labels)
-  descended: eqm_jax.Result = eqm_jax.descend(bound, noise, step_size=0.003, max_nfe=249, threshold=4.0)
+  descended: eqm_jax.Result = eqm_jax.descend(bound, noise, step_size=0.003, max_nfe=249, threshold=4.0, progress=print)
   stream = eqm_jax.descend_stream(field, labels, key, shape=(8, 8, 1), slots=4, step_size=0.003, max_nfe=249)
   solved: eqm_jax.Result = eqm_jax.integrate(field, noise, labels, solver="heun", steps=50)
   own: eqm_jax.Result = eqm_jax.descend(lambda x: x, noise, step_size="auto", max_nfe=10, rule="nag", momentum=0.3)
   converged: jax.Array = descended.status == eqm_jax.Status.CONVERGED
   nfe: jax.Array = stream.nfe + solved.nfe + own.nfe
   return jnp.where(converged, nfe, 0)
+
+
+def modes() -> None:
+  config = eqm_jax.config("digits", "smoke", **{"train.steps": 500})
+  config.train.steps = 400
+  outcome = eqm_jax.run("train", config, "runs/digits")
+  metrics: dict[str, object] = outcome.metrics
+  for name, figure in outcome.figures.items():
+    print(name, figure.path, metrics, outcome.workdir)
 
 
 def training(data: jax.Array, noise: jax.Array, gamma: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import sharding
@@ -121,7 +121,8 @@ def product_peak(precision: str, devices: Sequence[jax.Device], turns: int) -> d
   round them.
   """
   highest = jax.lax.Precision.HIGHEST if precision.endswith("exact") else None
-  split = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
+  mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+  split = NamedSharding(mesh, PartitionSpec("data"))
   multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision=highest), out_shardings=split)
   best = {"flops_per_second": 0.0, "side": 0}
   for side in PRODUCT_SIDES.get(devices[0].platform, PRODUCT_SIDES["other"]):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eqm_jax.benchmark import measure
 from eqm_jax.benchmark.results import Row
@@ -70,7 +70,7 @@ class Workspace:
   @functools.cached_property
   def sample_mesh(self) -> Mesh:
     """All devices along one axis, as samplers use them."""
-    return Mesh(np.asarray(self.devices), ("data",))
+    return Mesh(np.asarray(self.devices), ("data",), axis_types=(AxisType.Auto,))
 
   @functools.cached_property
   def mesh(self) -> Mesh:

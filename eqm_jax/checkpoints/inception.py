@@ -46,7 +46,7 @@ def load(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]:
   """
   if isinstance(source, Mapping):
     return _convert(source)
-  path = os.fspath(source)
+  path = os.path.expanduser(source)
   if not os.path.isfile(path):
     raise ValueError(f"{path}: no such file: fetch {SOURCE} ({PUBLISHED_BYTES:,} bytes), and give its path")
   with open(path, "rb") as file:

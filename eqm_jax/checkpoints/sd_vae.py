@@ -10,18 +10,15 @@ import re
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
-import safetensors
 from etils import epath
 
+from eqm_jax.checkpoints import safetensors_file
 from eqm_jax.networks.autoencoder import Autoencoder, parameter_shapes
 from eqm_jax.trees import fingerprint as fingerprint_of
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-# safetensors' own reader of numpy arrays does not support bfloat16.
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 FIXED = {  # entries of a published config that the module has no attribute for, with their only supported values
   "act_fn": "silu",
   "shift_factor": None,
@@ -60,7 +57,7 @@ def load(path: str, **overrides: Any) -> tuple[Autoencoder, dict[str, Any]]:
   Raises:
     ValueError: naming the file, if it is missing, damaged, or not such an autoencoder.
   """
-  location = epath.Path(path)
+  location = epath.Path(path).expanduser()
   if location.is_dir():
     file = next((location / name for name in WEIGHTS if (location / name).exists()), None)
     if file is None or not (location / CONFIG).exists():
@@ -137,12 +134,9 @@ def _deduced_attributes(file: epath.Path, tensors: dict[str, np.ndarray], overri
 def _read(file: epath.Path) -> dict[str, np.ndarray]:
   """The autoencoder's tensors, by diffusers' current names."""
   try:
-    tensors = {
-      name: np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
-      for name, view in safetensors.deserialize(file.read_bytes())
-    }
-  except (safetensors.SafetensorError, KeyError, ValueError) as error:
-    raise ValueError(f"{file}: not a complete .safetensors file ({error}): fetch it again") from error
+    tensors = safetensors_file.read(file.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{file}: {error}") from error
   renamed = {_renamed(name): tensor for name, tensor in tensors.items()}
   if any(".up.0." in name for name in tensors):  # the original code numbers the levels from the finest
     levels = 1 + max(int(re.match(r"decoder\.up_blocks\.(\d+)\.", name)[1]) for name in renamed if ".up_b" in name)

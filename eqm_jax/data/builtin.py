@@ -13,6 +13,7 @@ from eqm_jax import checks
 from eqm_jax.data.samples import Images
 
 PARTS = ("all", "train", "test")
+DIGITS = tuple("0123456789")  # names of classes
 PLANES = {"two_moons": 2, "eight_gaussians": 8, "checkerboard": 8}  # classes
 
 
@@ -25,7 +26,7 @@ def digits(part: str = "all") -> Images:
   package = importlib.util.find_spec("sklearn").submodule_search_locations[0]
   rows = np.loadtxt(os.path.join(package, "datasets", "data", "digits.csv.gz"), delimiter=",")
   images = (rows[:, :-1].reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32)
-  return Images(*_part(images, rows[:, -1].astype(int), part), num_classes=10)
+  return Images(*_part(images, rows[:, -1].astype(int), part), num_classes=10, class_names=DIGITS)
 
 
 def mnist(size: int = 14, part: str = "all") -> Images:
@@ -41,7 +42,8 @@ def mnist(size: int = 14, part: str = "all") -> Images:
   pixels, labels = mnist_data()
   images = pixels.reshape(-1, size, 28 // size, size, 28 // size, 1).mean(axis=(2, 4))
   order = np.random.default_rng(0).permutation(len(labels))  # the package's are sorted by class
-  return Images(*_part((images / 127.5 - 1).astype(np.float32)[order], labels[order], part), num_classes=10)
+  chosen = _part((images / 127.5 - 1).astype(np.float32)[order], labels[order], part)
+  return Images(*chosen, num_classes=10, class_names=DIGITS)
 
 
 def photographs(size: int = 32, stride: int = 4, shrink: int = 2) -> Images:
@@ -63,7 +65,7 @@ def photographs(size: int = 32, stride: int = 4, shrink: int = 2) -> Images:
     views = np.lib.stride_tricks.sliding_window_view(picture, (size, size), axis=(0, 1))[::stride, ::stride]
     patches.append(views.reshape(-1, 3, size, size).transpose(0, 2, 3, 1).astype(np.float32) / 127.5 - 1)
     labels.append(np.full(len(patches[-1]), label))
-  return Images(np.concatenate(patches), np.concatenate(labels), num_classes=2)
+  return Images(np.concatenate(patches), np.concatenate(labels), num_classes=2, class_names=("temple", "flower"))
 
 
 def plane(kind: str, count: int = 4096, seed: int = 0) -> Images:

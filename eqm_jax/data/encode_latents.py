@@ -9,7 +9,8 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,8 @@ def write(
     settings: the contents of the cache.
     batch_size: images for the autoencoder at a time.
     threads: how many threads read images ahead.
-    skip_damaged: leaves damaged images out, and counts them; otherwise the first one is an error.
+    skip_damaged: leaves damaged images out, and counts them; otherwise the first one is an error. One that is too large
+      to decode is an error always.
 
   Returns:
     How many images were encoded now.
@@ -89,8 +91,12 @@ def write(
   return encoded
 
 
-def finish(path: str, settings: latents.Settings) -> dict[str, Any]:
+def finish(path: str, settings: latents.Settings, class_names: Sequence[str] | None = None) -> dict[str, Any]:
   """Writes the manifest, once the shards of all processes are there.
+
+  Args:
+    path, settings: as in `write`.
+    class_names: `Source.class_names`.
 
   Raises:
     ValueError: naming the first shard that is not finished.
@@ -103,7 +109,7 @@ def finish(path: str, settings: latents.Settings) -> dict[str, Any]:
   records = sum(shard["records"] for shard in shards)
   if not records:
     raise ValueError(f"{path}: all {settings.images} images are damaged ({skipped[0]}): give another data set")
-  manifest = {**settings.to_json(), "records": records, "shards": shards}
+  manifest = {**settings.to_json(), "class_names": class_names, "records": records, "shards": shards}
   write_json(os.path.join(path, latents.MANIFEST), manifest)
   for shard in range(settings.shards):
     os.remove(_description(path, settings, shard))
@@ -243,8 +249,7 @@ def _is_finished(path: str, settings: latents.Settings, shard: int) -> bool:
 def _check_room(path: str, settings: latents.Settings, todo: list[int]):
   """Raises ValueError if the shards `todo` would fill the disk."""
   needed = settings.record_bytes * sum(len(_range(settings, shard)) for shard in todo)
-  space = os.statvfs(path)
-  free = space.f_bavail * space.f_frsize
+  free = shutil.disk_usage(path).free
   if needed > free:
     raise ValueError(
       f"{path}: the cache needs {needed / 1e9:.2f} GB more, but the disk has {free / 1e9:.2f} GB: "

@@ -86,6 +86,7 @@ class Latents:
     self.autoencoder_id = manifest["autoencoder"]
     self.content_hash = manifest["contents"]
     self.num_classes = manifest["num_classes"]
+    self.class_names = manifest.get("class_names")  # older caches have none
     self.shape = tuple(manifest["latent_shape"])
     labels = " ".join(shard["labels"] for shard in manifest["shards"])
     self.labels = checked_labels(np.asarray(labels.split(), np.int32), self.num_classes, path)

@@ -1,19 +1,15 @@
-"""Data sets of images on disk: a directory for each class, TFDS builds, .npz files. Paths are local or gs://."""
+"""Data sets of images on disk: a directory for each class, TFDS builds. Paths are local or gs://."""
 
 import functools
-import hashlib
 import re
-from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 
 from eqm_jax import checks
-from eqm_jax.data import images
-from eqm_jax.data.samples import Images, Sample, checked_labels
+from eqm_jax.data import arrays, images, listing
+from eqm_jax.data.samples import Sample, checked_labels
 from eqm_jax.io import allow_open_files
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class Folder:
@@ -21,44 +17,39 @@ class Folder:
 
   autoencoder_id = None
 
-  def __init__(self, path: str, size: int, channels: int = 3):
-    """Lists the files; images are read on access, and cropped as in ADM.
+  def __init__(self, path: str, size: int, channels: int = 3, *, upright: bool = False, background: str | None = None):
+    """Lists the files, and logs what it leaves out; images are read on access, and cropped as in ADM.
 
     Args:
-      path: the directory of the classes, which are numbered in the order of their names.
+      path: the directory of the classes, which are numbered in the order of their names; or one of images, of one
+        class.
       size: of the images, pixels.
       channels: 3, RGB, or 1, grey.
+      upright, background: as `images.decode` takes them.
 
     Raises:
-      ValueError: naming the directory, if it is missing, holds no class, or a class has no image.
+      ValueError: naming the directory, if it is missing, holds no image, or a class has none.
+      OSError: if it cannot be read.
     """
-    _check_size(size, channels)
-    root = epath.Path(path)
-    if not root.is_dir():
+    self._decoder = _Decoder(size, channels, upright, background)
+    if not epath.Path(path).is_dir():
       raise ValueError(f"{path}: no such directory of images (docs/data.md lists what to fetch, and where to put it)")
-    classes = sorted(entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir())
-    if not classes:
-      raise ValueError(f"{path}: holds no directory: put the images of each class into one, or all into a single one")
-    # In the order of sorted(os.walk(class)): by directory, then by name.
-    files = [sorted(_images_below(directory), key=lambda file: (str(file.parent), file.name)) for directory in classes]
-    empty = [str(directory) for directory, images_of_class in zip(classes, files) if not images_of_class]
-    if empty:
-      raise ValueError(
-        f"{empty[0]}: a class without images ({', '.join(EXTENSIONS)}), one of {len(empty)} in {path}: remove them"
-      )
-    self.files = [file for images_of_class in files for file in images_of_class]
-    self.num_classes = len(classes)
-    names = "\n".join(str(file.relative_to(root)) for file in self.files)
-    self.content_hash = hashlib.sha256(names.encode()).hexdigest()
-    self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, files)))
-    self.shape = (size, size, channels)
+    listed = listing.list_classes(path)
+    listed.log()
+    self.files = listed.files
+    self.class_names = tuple(listed.classes)
+    self.num_classes = len(listed.classes)
+    self.content_hash = listed.content_hash
+    self.labels = np.repeat(np.arange(self.num_classes, dtype=np.int32), list(map(len, listed.classes.values())))
+    self.shape = self._decoder.shape
 
   def __len__(self) -> int:
     return len(self.files)
 
   def __getitem__(self, index: int) -> Sample:
-    file = self.files[index]  # a failing disk is no damaged image: its OSError names the file
-    return {"image": _image(file.read_bytes(), str(file), self.shape), "label": self.labels[index]}
+    file = self.files[index]
+    data = epath.Path(file).read_bytes()  # a failing disk is no damaged image: its OSError names the file
+    return {"image": self._decoder(data, file), "label": self.labels[index]}
 
 
 class Tfds:
@@ -66,7 +57,17 @@ class Tfds:
 
   autoencoder_id = None
 
-  def __init__(self, name: str, path: str, split: str = "train", size: int = 32, channels: int = 3):
+  def __init__(
+    self,
+    name: str,
+    path: str,
+    split: str = "train",
+    size: int = 32,
+    channels: int = 3,
+    *,
+    upright: bool = False,
+    background: str | None = None,
+  ):
     """Opens a build; downloads and prepares nothing.
 
     Args:
@@ -75,11 +76,12 @@ class Tfds:
       split: "train", or a part such as "train[:90%]".
       size: of the images, pixels; they are cropped as in ADM.
       channels: 3, RGB, or 1, grey.
+      upright, background: as `images.decode` takes them.
 
     Raises:
       ValueError: if the build is not there, with the command that makes it.
     """
-    _check_size(size, channels)
+    self._decoder = _Decoder(size, channels, upright, background)
     try:
       import tensorflow_datasets as tfds
     except ImportError as error:
@@ -105,7 +107,8 @@ class Tfds:
         f"{directory}: split {split!r} cannot be opened ({error}): give another data.options.split"
       ) from error
     self.num_classes = features["label"].num_classes
-    self.shape = (size, size, channels)
+    self.class_names = tuple(features["label"].names)
+    self.shape = self._decoder.shape
     self._where = f"{directory}, {split}"
     self.content_hash = directory.name  # the version
 
@@ -125,39 +128,23 @@ class Tfds:
       raise OSError(
         f"{self._where}: record {index} cannot be read ({error}): the build is damaged, build it again"
       ) from error
-    image = _image(record["image"], f"{self._where}: image {index}", self.shape)
+    image = self._decoder(record["image"], f"{self._where}: image {index}")
     return {"image": image, "label": np.int32(record["label"])}
 
 
-def npz(path: str, num_classes: int | None = None) -> Images:
-  """The images of an .npz, `image`, `x` or `arr_0` [N, H, W, C] uint8 or float in [−1, 1].
+class _Decoder:
+  """Image files → float32 arrays of one size."""
 
-  Labels are `label` or `arr_1` [N]; without them all are of class 0. Without `num_classes` the largest label is that of
-  the last class.
-  """
-  arrays, labels = images.npz_arrays(path)
-  labels = np.zeros(len(arrays), np.int32) if labels is None else labels
-  source = Images(images.to_float(arrays, path), labels, num_classes or int(labels.max()) + 1)
-  source.content_hash = hashlib.sha256(np.ascontiguousarray(arrays).tobytes()).hexdigest()
-  return source
+  def __init__(self, size: int, channels: int, upright: bool, background: str | None):
+    checks.at_least("data.options.size", size, 1)
+    checks.one_of("data.options.channels", channels, images.MODES)
+    checks.one_of("data.options.background", background, images.BACKGROUNDS)
+    self.shape = (size, size, channels)
+    self._options = {"upright": upright, "background": background}
 
-
-def _check_size(size: int, channels: int):
-  checks.at_least("data.options.size", size, 1)
-  checks.one_of("data.options.channels", channels, images.MODES)
-
-
-def _images_below(directory: epath.Path) -> Iterator[epath.Path]:
-  entries = list(directory.iterdir())
-  # Names of images are not tested for being a directory, which is slow on network disks.
-  yield from (entry for entry in entries if entry.suffix.lower() in EXTENSIONS)
-  for entry in entries:
-    if entry.suffix.lower() not in EXTENSIONS and entry.is_dir():
-      yield from _images_below(entry)
-
-
-def _image(data: bytes, where: str, shape: tuple[int, int, int]) -> np.ndarray:
-  return images.to_float(images.decode(data, where, shape[0], shape[2]), where)
+  def __call__(self, data: bytes, where: str) -> np.ndarray:
+    size, _, channels = self.shape
+    return arrays.to_float(images.decode(data, where, size, channels, **self._options), where)
 
 
 def _newest_version(root: epath.Path, name: str) -> epath.Path:

@@ -1,5 +1,11 @@
 """An endless stream of shuffled batches of a data set, with a position that can be saved."""
 
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +15,10 @@ import numpy as np
 
 from eqm_jax.data.latents import Latents
 from eqm_jax.data.samples import Images, Sample, Source
+
+CLOSE_SECONDS = 5.0  # for the samples that are being read when a stream is closed
+
+log = logging.getLogger(__name__)
 
 
 def batches(
@@ -40,8 +50,8 @@ def batches(
     place: brings a batch to the devices; called ahead of time, in a thread.
 
   Returns:
-    A grain iterator over dicts of arrays with a leading axis of len(rows); its position, the same on every process, is
-    saved with the checkpoints.
+    A grain iterator over dicts of arrays with a leading axis of len(rows), for `close` at the end; its position, the
+    same on every process, is saved with the checkpoints.
 
   Raises:
     ValueError: while it runs, for a damaged image or a label outside the classes, naming the sample.
@@ -60,10 +70,37 @@ def batches(
   if workers:
     if not absl.flags.FLAGS.is_parsed():  # in a notebook or a library; grain reads one of its own flags
       absl.flags.FLAGS.mark_as_parsed()
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
   if place is not None:
     stream = grain.experimental.ThreadPrefetchIterDataset(stream.map(place), prefetch_buffer_size=2)
   return iter(stream)
+
+
+def close(stream: grain.DatasetIterator):
+  """Ends the threads and processes of a stream, but does not wait for long while they read."""
+
+  def end():
+    with contextlib.suppress(Exception):  # of a thread of grain that ends at the same moment
+      stream.close()
+
+  closing = threading.Thread(target=end, name="closing", daemon=True)
+  closing.start()
+  closing.join(CLOSE_SECONDS)
+  if closing.is_alive():
+    log.warning("the data set is still reading a sample: not waiting for it")
+
+
+def _begin_worker(index: int, count: int):
+  """Leaves signals to the process that this one reads for, which may have to save first, and ends with it."""
+  del index, count
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+  multiprocessing.parent_process().join()
+  os._exit(1)
 
 
 class _Rows:
@@ -107,14 +144,21 @@ class _Reader:
 
   def __call__(self, index: int, rng: np.random.Generator | None = None) -> Sample:
     mirror = self._flip and bool(rng.integers(2))
-    if isinstance(self._source, Latents):  # both sides were encoded
-      sample = self._source.side(index, int(mirror))
-    else:
-      sample = self._source[index]
-      sample = {**sample, "image": sample["image"][:, ::-1]} if mirror else sample
+    try:
+      sample = self._read(index, mirror)
+    except Exception:
+      raise
+    except BaseException as error:  # would end a thread of grain unheard, and the run would wait for ever
+      raise RuntimeError(f"sample {index}: {type(error).__name__}: {error}") from error
     if not 0 <= sample["label"] < self._source.num_classes:
       raise ValueError(
         f"sample {index} has label {sample['label']}, but num_classes = {self._source.num_classes}: "
         "labels are 0..num_classes − 1"
       )
     return sample
+
+  def _read(self, index: int, mirror: bool) -> Sample:
+    if isinstance(self._source, Latents):  # both sides were encoded
+      return self._source.side(index, int(mirror))
+    sample = self._source[index]
+    return {**sample, "image": sample["image"][:, ::-1]} if mirror else sample

@@ -4,6 +4,7 @@ A sample has `label`, and either `image` [H, W, C] float32 in [−1, 1], or the 
 [2, H, W, C], of the image and its mirror image, from which training samples a latent anew each time.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ class Source(Protocol):
 
   shape: tuple[int, int, int]  # (H, W, C) of a sample
   num_classes: int
+  class_names: Sequence[str] | None  # as text, in the order of the labels; None: they have none
   autoencoder_id: dict[str, Any] | None  # `Codec.autoencoder_id` of latents; None: images
   content_hash: str  # hash of the files, to distinguish data sets of the same name and options; "": no files
 
@@ -35,10 +37,13 @@ class Images:
   autoencoder_id = None
   content_hash = ""
 
-  def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int):
+  def __init__(
+    self, images: np.ndarray, labels: np.ndarray, num_classes: int, class_names: Sequence[str] | None = None
+  ):
     self.images = images
     self.labels = checked_labels(labels, num_classes)
     self.num_classes = num_classes
+    self.class_names = class_names
     self.shape = images.shape[1:]
 
   def __len__(self) -> int:
@@ -58,7 +63,12 @@ def checked_labels(labels: np.ndarray, num_classes: int, where: str = "the data 
     raise ValueError(f"{where} is empty: give one with samples")
   low, high = labels.min(), labels.max()
   if low < 0 or high >= num_classes:
-    raise ValueError(f"{where} has labels {low}..{high}, but num_classes = {num_classes} has 0..{num_classes - 1}")
+    remedy = "give num_classes = None, or as many as there are, and leave images without a class out"
+    if (low, high) == (1, num_classes):
+      remedy = "they count from 1, subtract 1"
+    raise ValueError(
+      f"{where} has labels {low}..{high}, but num_classes = {num_classes} has 0..{num_classes - 1}: {remedy}"
+    )
   return labels.astype(np.int32)
 
 
@@ -66,9 +76,9 @@ def in_order(source: Source, indices: Sequence[int], *, batch_size: int, threads
   """The samples `indices` of a data set, in this order and read ahead, in lists of `batch_size`, the last shorter."""
   data = grain.MapDataset.range(len(indices)).map(lambda position: source[int(indices[position])])
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(batch_size, threads))
-  samples = iter(data.to_iter_dataset(options))
-  for first in range(0, len(indices), batch_size):
-    yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
+  with contextlib.closing(iter(data.to_iter_dataset(options))) as samples:
+    for first in range(0, len(indices), batch_size):
+      yield [next(samples) for _ in range(min(batch_size, len(indices) - first))]
 
 
 def spread(source: Source | int, count: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from eqm_jax import checks
-from eqm_jax.data import builtin, latents, on_disk
+from eqm_jax.data import arrays, builtin, latents, on_disk
 from eqm_jax.data.samples import Source
 
 SOURCES = {
@@ -14,7 +14,7 @@ SOURCES = {
   "plane": builtin.plane,
   "folder": on_disk.Folder,
   "tfds": on_disk.Tfds,
-  "npz": on_disk.npz,
+  "npz": arrays.npz,
   "latents": latents.Latents,
 }
 

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from eqm_jax import checks
-from eqm_jax.equilibrium import meshes, update_rules
+from eqm_jax.equilibrium import meshes, reports, update_rules
 from eqm_jax.equilibrium.field import with_labels
 from eqm_jax.equilibrium.objective import per_sample
 from eqm_jax.equilibrium.pytrees import Scalar, ShortRepr, as_pytree, concrete, is_traced
@@ -88,7 +88,7 @@ def descend(
   step_size: Scalar | str | Callable,
   max_nfe: int,
   momentum: Scalar = 0.0,
-  rule: str | optax.GradientTransformation = "gd",
+  rule: str | update_rules.UpdateRule | optax.GradientTransformation = "gd",
   threshold: Scalar = 0.0,
   min_nfe: int = 0,
   multiplier: Scalar = 1.0,
@@ -98,6 +98,7 @@ def descend(
   index: jax.Array | None = None,
   record_at: Sequence[int] = (),
   record_fn: Callable | None = None,
+  progress: reports.Progress | None = None,
 ) -> Result:
   """Descent from x0 along a field, each sample until its gradient is small.
 
@@ -123,7 +124,8 @@ def descend(
       2/(λ·max_nfe), for a few steps; give λ as `multiplier`.
     max_nfe: the budget of each sample; the paper's "250 steps" is 249.
     momentum: μ in (0, 1), for "nag" and "nesterov".
-    rule: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin", or an
+    rule: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin", an
+      `equilibrium.update_rules.UpdateRule` of your own, or an
       `optax.GradientTransformation` that takes f as the gradient; its updates are
       multiplied by `step_size`, so pass 1.0 with `optax.adam(1e-2)`. Any state is
       that of one sample.
@@ -141,6 +143,9 @@ def descend(
     record_at: values of NFE, ascending; 0 is the start.
     record_fn: (x [B, ...], norm [B]) → arrays [B, ...] to record then, such as an
       energy; by default both. The norm at 0 is infinite: no field is evaluated yet.
+    progress: takes the number of network calls since it was last called, while the
+      descent goes on, such as `update` of a `tqdm.auto.tqdm(total=max_nfe)`. None costs
+      nothing; another function compiles nothing anew.
 
   Raises:
     ValueError: before compilation, for a value outside the ranges above. Traced values are not checked.
@@ -160,11 +165,13 @@ def descend(
   axes = meshes.spec_of(x0)
   batch = PartitionSpec(*axes[:1])
   specs = Result(axes, batch, batch, batch, batch, PartitionSpec(None, *axes[:1]) if record_at else None)
-  return meshes.call(run, arguments, like=x0, out_specs=specs)
+  return reports.reporting(
+    progress, max_nfe, lambda reporter: meshes.call(run, (*arguments, reporter), like=x0, out_specs=specs)
+  )
 
 
 @functools.partial(jax.jit, static_argnames="record_fn")
-def _descend(field, samples, policy, record_at, record_fn) -> Result:
+def _descend(field, samples, policy, record_at, reporter, *, record_fn) -> Result:
   state = start(*samples, policy.rule)
   R = len(record_at)
 
@@ -186,9 +193,11 @@ def _descend(field, samples, policy, record_at, record_fn) -> Result:
     if R:
       due = jnp.any(record_at == steps + 1)
       record = jax.lax.cond(due, recorded, lambda record, *_: record, record, state, steps + 1)
+    reports.report(reporter, steps, steps + 1)
     return state, record, steps + 1
 
   state, record, steps = jax.lax.while_loop(lambda carry: jnp.any(is_running(carry[0])), body, (state, record, 0))
+  reports.report_rest(reporter, steps)
   if R:  # whatever lies beyond the end is the end
     final = record_fn(state.x, state.norm)
     late_R = record_at > steps
@@ -277,7 +286,7 @@ def where(mask: jax.Array, new: Any, old: Any) -> Any:
 def make_policy(
   example: jax.ShapeDtypeStruct,
   *,
-  rule: str | optax.GradientTransformation,
+  rule: str | update_rules.UpdateRule | optax.GradientTransformation,
   step_size: Scalar | str | Callable,
   momentum: Scalar,
   temperature: Scalar,

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eqm_jax.equilibrium import meshes, sampler
+from eqm_jax.equilibrium import meshes, reports, sampler, update_rules
 from eqm_jax.equilibrium.field import BoundField
 from eqm_jax.equilibrium.pytrees import Scalar, as_pytree
 
@@ -57,7 +57,7 @@ def descend_stream(
   step_size: Scalar | str | Callable,
   max_nfe: int,
   momentum: Scalar = 0.0,
-  rule: str | optax.GradientTransformation = "gd",
+  rule: str | update_rules.UpdateRule | optax.GradientTransformation = "gd",
   threshold: Scalar = 0.0,
   min_nfe: int = 0,
   multiplier: Scalar = 1.0,
@@ -66,6 +66,7 @@ def descend_stream(
   mesh: Mesh | None = None,
   index: np.ndarray | None = None,
   dtype: Any = jnp.float32,
+  progress: reports.Progress | None = None,
 ) -> sampler.Result:
   """One sample per label, from start noise that depends on (key, sample index) alone.
 
@@ -86,6 +87,8 @@ def descend_stream(
     index: int [N], the samples' indices, to draw a large sample set chunk by chunk; None: 0, 1, .... Negative ones are
       no samples and cost nothing: they fill up the queues of devices, where they come last, and leave zeros.
     dtype: of the samples, float32 or float64.
+    progress: takes the number of samples that are done since it was last called, while the stream goes on, such as
+      `update` of a `tqdm.auto.tqdm(total=N)`. None costs nothing; another function compiles nothing anew.
 
   The other arguments are those of `descend`.
 
@@ -113,19 +116,21 @@ def descend_stream(
   samples = (labels, index, threshold)
   options = dict(slots=slots // num_devices, shape=tuple(shape))
   if mesh is None:
-    return _draw(as_pytree(field), samples, policy, mesh=None, **options)
+    draw = functools.partial(_draw, as_pytree(field), samples, policy, mesh=None, **options)
+    return reports.reporting(progress, N, draw)
   mesh = meshes.with_auto_axes(mesh)
   with meshes.auto_context(mesh):
     field = jax.device_put(as_pytree(field), NamedSharding(mesh, PartitionSpec()))
-    return _draw(field, *meshes.onto(mesh, (samples, policy)), mesh=mesh, **options)
+    draw = functools.partial(_draw, field, *meshes.onto(mesh, (samples, policy)), mesh=mesh, **options)
+    return reports.reporting(progress, N, draw)
 
 
-def _draw(field, samples, policy, *, mesh, **options) -> sampler.Result:
+def _draw(field, samples, policy, reporter, *, mesh, **options) -> sampler.Result:
   """The results of all devices, without what only fills up their queues."""
   labels, index, threshold = samples
   N = _count(labels)
   queue = _queue(labels, index, sampler.check_threshold(threshold, N), mesh.size if mesh else 1)
-  result = _stream(field, queue, policy, mesh=mesh, **options)
+  result = _stream(field, queue, policy, reporter, mesh=mesh, **options)
   executed_nfe = result.executed_nfe.sum()
   if len(queue.index) > N:
     result = jax.tree.map(lambda leaf: leaf[:N], result)
@@ -154,16 +159,18 @@ def _queue(labels: Any, index: np.ndarray | None, threshold: jax.Array, num_devi
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "shape", "mesh"))
-def _stream(field, queue, policy, *, slots, shape, mesh) -> sampler.Result:
+def _stream(field, queue, policy, reporter, *, slots, shape, mesh) -> sampler.Result:
   run = functools.partial(_run_queue, slots=slots, shape=shape)
   if mesh:
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     # Queues differ in length: the loops of the devices take different numbers of turns.
-    run = jax.shard_map(run, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, check_vma=False)
-  return run(field, queue, policy)
+    run = jax.shard_map(run, mesh=mesh, in_specs=(whole, split, whole, whole), out_specs=split, check_vma=False)
+  return run(field, queue, policy, reporter)
 
 
-def _run_queue(field, queue: Queue, policy: sampler.Policy, *, slots: int, shape: tuple[int, ...]) -> sampler.Result:
+def _run_queue(
+  field, queue: Queue, policy: sampler.Policy, reporter: reports.Reporter | None, *, slots: int, shape: tuple[int, ...]
+) -> sampler.Result:
   """All samples of one device: their results [n], and its executed NFE [1]."""
   n = len(queue.index)
   count = jnp.sum(queue.index >= 0)
@@ -191,11 +198,13 @@ def _run_queue(field, queue: Queue, policy: sampler.Policy, *, slots: int, shape
       return jax.tree.map(functools.partial(sampler.where, done_S), take(place_S), old)
 
     samples, labels_S = jax.lax.cond(jnp.any(done_S), refill, lambda old: old, (moved, state.labels))
+    next_place = state.next_place + jnp.sum(done_S)
+    reports.report(reporter, state.next_place - slots, next_place - slots)
     return StreamState(
       slots=samples,
       labels=labels_S,
       place=place_S,
-      next_place=state.next_place + jnp.sum(done_S),
+      next_place=next_place,
       output=output,
       executed_nfe=state.executed_nfe + len(place_S),
     )
@@ -208,6 +217,7 @@ def _run_queue(field, queue: Queue, policy: sampler.Policy, *, slots: int, shape
   for width in [slots >> k for k in range(HALVINGS + 1) if slots >> k]:
     narrower = width // 2 if width > 1 and width > slots >> HALVINGS else 0
     state = jax.lax.while_loop(functools.partial(_more_than, narrower, count), turn, _narrowed(state, count, width))
+  reports.report_rest(reporter, count)
   return state.output.replace(executed_nfe=state.executed_nfe[None])
 
 

@@ -104,12 +104,12 @@ def _from_optax(transformation: optax.GradientTransformation) -> UpdateRule:
 
 
 def resolve(
-  rule: str | optax.GradientTransformation, momentum: Scalar, temperature: Scalar, example: Any
+  rule: str | UpdateRule | optax.GradientTransformation, momentum: Scalar, temperature: Scalar, example: Any
 ) -> UpdateRule:
-  """The update rule of a name or of an optax transformation.
+  """The update rule of a name or of an optax transformation, or a rule itself.
 
   Args:
-    rule: a key of RULES, or an optax transformation.
+    rule: a key of RULES, an `UpdateRule` (make it once: another one compiles again), or an optax transformation.
     momentum, temperature: checked to belong to it, and to lie in their ranges unless they are traced.
     example: the shape of one sample (a ShapeDtypeStruct), on which the rule is tried.
 
@@ -123,9 +123,12 @@ def resolve(
     if rule not in RULES:
       raise ValueError(f"rule {rule!r} is not known: give one of {', '.join(RULES)}, or an optax transformation")
     return RULES[rule]
+  if isinstance(rule, UpdateRule):
+    return rule
   if not isinstance(rule, optax.GradientTransformation):
     raise ValueError(
-      f"rule {rule!r} is neither a name nor an optax.GradientTransformation: give one of {', '.join(RULES)}"
+      f"rule {rule!r} is neither a name, an UpdateRule nor an optax.GradientTransformation: give one of "
+      f"{', '.join(RULES)}"
     )
   try:
     jax.eval_shape(lambda x: rule.update(x, rule.init(x), x), example)
@@ -138,7 +141,8 @@ def resolve(
 
 
 def _check_momentum(rule, momentum: Scalar):
-  has_momentum = isinstance(rule, str) and rule in WITH_MOMENTUM
+  named = isinstance(rule, str) and rule in WITH_MOMENTUM
+  has_momentum = named or isinstance(rule, UpdateRule)  # one of the caller's may use it or not
   if is_traced(momentum):
     if not has_momentum:
       raise ValueError(f"a traced momentum belongs to {' and '.join(WITH_MOMENTUM)}; rule {_name(rule)} takes none")
@@ -146,13 +150,14 @@ def _check_momentum(rule, momentum: Scalar):
   checks.in_interval("momentum", momentum, 0, 1, open_high=True)
   if momentum and not has_momentum:
     raise ValueError(f"momentum = {momentum} belongs to {' and '.join(WITH_MOMENTUM)}; rule {_name(rule)} takes none")
-  if has_momentum and not momentum:
+  if named and not momentum:
     raise ValueError(f"momentum = 0 makes rule {rule!r} plain gradient descent: give a momentum above 0, or rule='gd'")
 
 
 def _check_temperature(rule, temperature: Scalar):
   checks.at_least("temperature", temperature, 0)
-  if rule != "langevin" and (is_traced(temperature) or temperature):
+  has_temperature = isinstance(rule, UpdateRule) or rule == "langevin"
+  if not has_temperature and (is_traced(temperature) or temperature):
     raise ValueError(f"temperature = {temperature} belongs to rule 'langevin'; rule {_name(rule)} takes none")
 
 

@@ -11,24 +11,26 @@ import importlib.metadata
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 import tabulate
+from PIL import Image
 
 import eqm_jax
 from eqm_jax import distributed, plotting
 from eqm_jax.equilibrium import objective
 from eqm_jax.equilibrium.sampler import Status
 from eqm_jax.evaluation import plane, validation
-from eqm_jax.evaluation.reference_data import ReferenceData
+from eqm_jax.evaluation.reference_data import PREVIEW, ReferenceData
 from eqm_jax.io import write_json
 from eqm_jax.progress import waiting
 from eqm_jax.sampling import generator as generator_lib
 from eqm_jax.sampling import labels as labels_lib
-from eqm_jax.sampling import trajectories
+from eqm_jax.sampling import samples_page, trajectories
 from eqm_jax.sampling.generator import Generator
 from eqm_jax.sampling.sample_store import SampleStore
 from eqm_jax.trees import fingerprint
@@ -118,7 +120,7 @@ def evaluate(
     for name, store in stores.items():
       store.wait(SHARED_SECONDS)
       report["rows"][name] = _evaluate_row(config, name, store, reference, generator=generator, labels=labels)
-      _write_pictures(config, name, store, reference, directory)
+      _write_pictures(config, name, store, reference, directory, labels=labels, generator=generator)
       if options.save_npz:
         store.write_images(os.path.join(directory, f"{name}.npz"), labels)
     _write(report, directory)  # before anything that may fail: sampling took long
@@ -140,6 +142,12 @@ def requested_labels(options: ml_collections.ConfigDict, count: int, num_classes
   return labels_lib.parse("evaluation.labels", options.labels, count, num_classes, seed=options.seed)
 
 
+def flat(metrics: dict[str, dict[str, float | None]]) -> dict[str, float]:
+  """Metrics by kind of features as one dict, "raw/frechet" and so on; those that could not be computed are left out."""
+  named = {f"{space}/{name}": value for space, values in metrics.items() for name, value in values.items()}
+  return {name: value for name, value in named.items() if value is not None}
+
+
 def schedule_of(config: ml_collections.ConfigDict) -> objective.Schedule:
   """c(γ) of the model that a config trains; flow matching has c ≡ 1."""
   if config.objective.kind == "equilibrium":
@@ -147,12 +155,17 @@ def schedule_of(config: ml_collections.ConfigDict) -> objective.Schedule:
   return objective.Schedule("constant", multiplier=1.0)
 
 
+def versions() -> dict[str, str]:
+  """Versions of Python and of the packages that results depend on, for reports."""
+  packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+  return {"eqm_jax": eqm_jax.__version__, "python": platform.python_version()} | packages
+
+
 def _settings(options, generator: Generator, reference: ReferenceData, origin: dict[str, Any]) -> dict[str, Any]:
   """Everything that the numbers of a report depend on, and no rows yet."""
   precision = {"network": generator.model.dtype, "sampler": "float32", "features": "float32", "distances": "float64"}
   if generator.decoder:
     precision["decoder"] = generator.decoder_dtype
-  packages = ("jax", "jaxlib", "flax", "numpy")
   return {
     "samples": options.num_samples,
     "labels": options.labels,
@@ -161,8 +174,7 @@ def _settings(options, generator: Generator, reference: ReferenceData, origin: d
     "precision": precision,
     "autoencoder": generator.autoencoder_id or None,
     "features": reference.describe(),
-    "versions": {"eqm_jax": eqm_jax.__version__, "python": platform.python_version()}
-    | {name: importlib.metadata.version(name) for name in packages},
+    "versions": versions(),
     "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
     "computed_with": reference.computed_with,
     "batch_size": generator.batch_size,
@@ -195,14 +207,38 @@ def _evaluate_row(
   return result
 
 
-def _write_pictures(config, name: str, store: SampleStore, reference: ReferenceData, directory: str):
-  """A grid of samples, and the NFE of an adaptive sampler."""
-  row = config.samplers[name]
+def picture(
+  store: SampleStore, reference: ReferenceData, count: int | None = None, captions: Sequence[str] | None = None
+) -> Image.Image:
+  """The first `count` samples (at most, and without it, those that are kept as images); in the plane all, as points."""
   if reference.in_plane:
-    picture = plane.scatter(_points(store), reference.real_N)
-  else:
-    picture = plotting.grid(reference.preview(store), 10)
-  picture.save(os.path.join(directory, f"samples_{name}.png"))
+    return plane.scatter(_points(store), reference.real_N)
+  return plotting.grid(reference.preview(store)[:count], 10, captions=captions)
+
+
+def _write_pictures(
+  config,
+  name: str,
+  store: SampleStore,
+  reference: ReferenceData,
+  directory: str,
+  *,
+  labels: np.ndarray,
+  generator: Generator,
+):
+  """The samples as a grid and as a page, and the NFE of an adaptive sampler."""
+  row = config.samplers[name]
+  captions = generator.captions(labels[:PREVIEW])
+  picture(store, reference, captions=captions).save(os.path.join(directory, f"samples_{name}.png"))
+  if not reference.in_plane:
+    samples_page.write(
+      os.path.join(directory, f"samples_{name}.html"),
+      f"Samples: {name}",
+      reference.preview(store),
+      label_N=labels,
+      names=generator.label_names,
+      **{f"{key}_N": store.array(key) for key in ("nfe", "norm", "status")},
+    )
   if row.threshold:
     title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
     histogram = plotting.nfe_histogram(store.array("nfe"), row.max_nfe, title)
@@ -269,16 +305,34 @@ def _log_row(name: str, row: dict[str, Any]):
   log.info("%s  %s  NFE %.1f  %.1f s", name, text, row["nfe"]["mean"], row["seconds"])
 
 
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A part of a report: cells are text."""
+
+  heading: str  # "": none
+  columns: list[str]
+  rows: list[list[str]]
+
+
 def markdown(report: dict[str, Any]) -> str:
+  """A report in Markdown."""
+  parts = []
+  for table in tables(report):
+    drawn = tabulate.tabulate(table.rows, headers=table.columns, tablefmt="github", disable_numparse=True)
+    parts += [table.heading, drawn] if table.heading else [drawn]
+  return "\n\n".join(parts) + "\n"
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
   """A report as tables: one of the samplers, and one of the metrics for each kind of features."""
-  tables = [_samplers_table(report["rows"])]
-  for name, described in report["features"].items():
-    if name != "classifier_accuracy":
-      tables.append(_metrics_table(name, described, report["rows"]))
-  return "\n\n".join(tables) + "\n"
+  return [_samplers_table(report["rows"])] + [
+    _metrics_table(name, described, report["rows"])
+    for name, described in report["features"].items()
+    if name != "classifier_accuracy"
+  ]
 
 
-def _samplers_table(rows: dict[str, Any]) -> str:
+def _samplers_table(rows: dict[str, Any]) -> Table:
   extra = [metric for metric in EXTRA_METRICS if any(metric in row for row in rows.values())]
   titles = ["sampler", "rule", "η", *(metric.replace("_", " ") for metric in extra)]
   titles += ["NFE (10 % – 90 %)", "utilisation", "seconds", "images/s"]
@@ -289,10 +343,10 @@ def _samplers_table(rows: dict[str, Any]) -> str:
     cells.append(f"{nfe['mean']:.1f} ({nfe['q10']:.0f} – {nfe['q90']:.0f})")
     cells += [f"{row['utilisation']:.2f}", f"{row['seconds']:.1f}", f"{row['images_per_second']:.0f}"]
     lines.append(cells)
-  return _table(titles, lines)
+  return Table("", titles, lines)
 
 
-def _metrics_table(name: str, described: dict[str, Any], rows: dict[str, Any]) -> str:
+def _metrics_table(name: str, described: dict[str, Any], rows: dict[str, Any]) -> Table:
   shown = [metric for metric in COLUMNS if any(metric in row["metrics"][name] for row in rows.values())]
   settings = ", ".join(f"{key} {_short(value)}" for key, value in described.items() if key not in ("name", "real"))
   halves = described["real"].get("frechet_between_halves")
@@ -301,11 +355,7 @@ def _metrics_table(name: str, described: dict[str, Any], rows: dict[str, Any]) -
   if halves is not None:
     heading += f"; Fréchet distance between halves of them {halves:.3f}"
   lines = [[sampler, *(_cell(row["metrics"][name], metric) for metric in shown)] for sampler, row in rows.items()]
-  return f"{heading}\n\n" + _table(["sampler", *(COLUMNS[metric][0] for metric in shown)], lines)
-
-
-def _table(titles: list[str], lines: list[list[str]]) -> str:
-  return tabulate.tabulate(lines, headers=titles, tablefmt="github", disable_numparse=True)
+  return Table(heading, ["sampler", *(COLUMNS[metric][0] for metric in shown)], lines)
 
 
 def _short(value: Any) -> str:

@@ -52,21 +52,12 @@ def fit_classifier(
   Raises:
     ValueError: if there are too few images or classes.
   """
-  if num_classes < 2 or np.min(np.bincount(labels, minlength=num_classes)) < 2:
-    raise ValueError(
-      f"evaluation.features: a classifier needs two classes and two images of each; the data has {len(images)} images "
-      f"of {num_classes} classes"
-    )
   if max(images.shape[1:3]) > MAX_SIZE:
     raise ValueError(
       f"evaluation.features: the classifier is for images of up to {MAX_SIZE} × {MAX_SIZE} pixels, "
       f"not {images.shape[1:]}: use 'inception'"
     )
-  import sklearn.model_selection
-
-  fit_x, held_x, fit_y, held_y = sklearn.model_selection.train_test_split(
-    images, labels, test_size=0.25, random_state=SEED, stratify=labels
-  )
+  fit_x, held_x, fit_y, held_y = _split("evaluation.features", images, labels, "name 'raw' only")
   module = Classifier(num_classes)
   with jax.default_device(jax.local_devices()[0]):
     params = _fit(module, fit_x, fit_y, steps)
@@ -75,6 +66,20 @@ def fit_classifier(
   accuracy = float(np.mean(np.asarray(seen) == held_y))
   log.info("feature classifier: accuracy %.3f on %d held-out images", accuracy, len(held_y))
   return module, jax.device_get(params), accuracy
+
+
+def _split(key: str, images: np.ndarray, labels: np.ndarray, remedy: str) -> list[np.ndarray]:
+  """Images and labels: three quarters to fit to and one quarter, stratified by class."""
+  import sklearn.model_selection
+
+  known, counts = np.unique(labels, return_counts=True)
+  if len(known) < 2 or np.min(counts) < 2 or len(images) <= 4 * (len(known) - 1):
+    single = ", ".join(map(str, known[counts < 2][:5]))
+    raise ValueError(
+      f"{key}: a classifier needs two classes, two images of each and four on average; the data has {len(images)} "
+      f"images of {len(known)} classes{f', a single one of class {single}' if single else ''}: {remedy}"
+    )
+  return sklearn.model_selection.train_test_split(images, labels, test_size=0.25, random_state=SEED, stratify=labels)
 
 
 def _fit(module: Classifier, images: np.ndarray, labels: np.ndarray, steps: int) -> Any:
@@ -202,13 +207,15 @@ class PixelClassifier:
   name = "sklearn.svm.SVC(C=10)"
 
   def __init__(self, images: np.ndarray, labels: np.ndarray):
-    """Fits `images` [N, ...] to `labels` [N]; the split is always the same."""
-    import sklearn.model_selection
+    """Fits `images` [N, ...] to `labels` [N]; the split is always the same.
+
+    Raises:
+      ValueError: if there are too few images or classes.
+    """
     import sklearn.svm
 
-    fit_x, held_x, fit_y, held_y = sklearn.model_selection.train_test_split(
-      images.reshape(len(images), -1), labels, test_size=0.25, random_state=0, stratify=labels
-    )
+    key, remedy = "evaluation.classifier_accuracy = True", "set it to False"
+    fit_x, held_x, fit_y, held_y = _split(key, images.reshape(len(images), -1), labels, remedy)
     self._svc = sklearn.svm.SVC(C=10).fit(fit_x, fit_y)
     self.held_out_accuracy = float(self._svc.score(held_x, held_y))  # on the other quarter
 

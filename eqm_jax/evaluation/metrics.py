@@ -5,6 +5,7 @@ Computed in float64 numpy, except nearest neighbours, which this process's devic
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +22,11 @@ KINDS = ("pool", "spatial")  # of features that have Gaussian statistics
 JACKKNIFE_GROUPS = 10
 NEIGHBOURS = 3  # k of precision and recall, as in ADM
 SPLITS = 10  # of the inception score
+SUBSET_SIZE = 1000  # of the kernel distance
+# Rounding of a float32 |x|² + |y|² − 2x·y, relative to |x|² + |y|². Measured up to 31 for x = y of any length.
+ROUNDING = 128 * float(np.finfo(np.float32).eps)
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
   """Fréchet distance between Gaussians fitted to two sets of features.
 
   ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), the FID of Heusel et al. 2017 for features of
-  Inception. Symmetric, and exact for covariances of any rank above 0.
+  Inception. Symmetric, and exact for covariances of any rank above 0: few samples, duplicates, constant features.
 
   Args:
     features_a, features_b: [N, D] and [M, D], at least two rows each.
@@ -107,21 +113,27 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 def check_spread(name: str, gaussian: Gaussian):
   """Raises ValueError for a set whose rows are all the same, since its distance means nothing."""
   if not np.any(np.diagonal(gaussian.covariance)):
-    raise ValueError(f"{name}: all rows are the same, their covariance is zero: are the images constant?")
+    raise ValueError(
+      f"{name}: all rows are the same, their covariance is zero: are the images constant, or copies of one? A distance "
+      "needs two that differ"
+    )
 
 
-def frechet_of_gaussians(a: Gaussian, b: Gaussian, root_a: np.ndarray | None = None) -> float:
-  """Fréchet distance of two Gaussians; `root_a`, if given, is `square_root(a.covariance)`."""
-  root_a = square_root(a.covariance) if root_a is None else root_a
-  # tr (Σ₁Σ₂)^½ = Σ sqrt(eig(√Σ₁ Σ₂ √Σ₁)) is a symmetric problem, so no complex roots have to be discarded.
-  cross = np.sqrt(np.clip(np.linalg.eigvalsh(root_a @ b.covariance @ root_a), 0, None)).sum()
-  return float(np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+def frechet_of_gaussians(a: Gaussian, b: Gaussian, factor_a: np.ndarray | None = None) -> float:
+  """Fréchet distance of two Gaussians; `factor_a`, if given, is `factor(a.covariance)`."""
+  factor_a = factor(a.covariance) if factor_a is None else factor_a
+  # tr (Σ₁Σ₂)^½ = Σ sqrt(eig(FᵀΣ₂F)) with Σ₁ = FFᵀ is a symmetric problem, so no complex roots have to be discarded.
+  # It has as many eigenvalues as Σ₁ has rank: the square roots of others, zero but for rounding, would add up.
+  cross = np.sqrt(np.clip(np.linalg.eigvalsh(factor_a.T @ b.covariance @ factor_a), 0, None)).sum()
+  distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+  return max(0.0, float(distance))
 
 
-def square_root(covariance: np.ndarray) -> np.ndarray:
-  """Symmetric square root of a positive semi-definite matrix; eigenvalues that rounding made negative count as 0."""
+def factor(covariance: np.ndarray) -> np.ndarray:
+  """A matrix F [D, rank] with FFᵀ = covariance, of the eigenvalues that are not zero to rounding."""
   values, vectors = np.linalg.eigh(covariance)
-  return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+  kept = values > values[-1] * len(values) * np.finfo(float).eps
+  return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
@@ -138,7 +150,7 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
   """
   _check(logits=logits)
   if not 1 <= splits <= len(logits):
-    raise ValueError(f"splits = {splits} must lie between 1 and the number of samples, {len(logits)}")
+    raise ValueError(f"splits = {splits} must lie between 1 and the number of samples, {len(logits)}: give fewer")
   shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
   log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
   values = []
@@ -151,7 +163,7 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 
 
 def kernel_distance(
-  features_a: np.ndarray, features_b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+  features_a: np.ndarray, features_b: np.ndarray, *, subsets: int = 100, subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> tuple[float, float]:
   """Kernel distance: mean and standard deviation over random subsets of the unbiased squared MMD.
 
@@ -160,7 +172,8 @@ def kernel_distance(
   Args:
     features_a, features_b: [N, D] and [M, D], at least two rows each.
     subsets: number of subsets.
-    subset_size: samples in a subset, drawn without replacement; at most the size of the smaller set.
+    subset_size: samples in a subset, drawn without replacement; at most the size of the smaller set. Where it is the
+      size of both, there is one subset, and no deviation.
     seed: of the subsets.
 
   Raises:
@@ -169,9 +182,9 @@ def kernel_distance(
   _check(features_a=features_a, features_b=features_b)
   size = min(subset_size, len(features_a), len(features_b))
   if size < 2 or subsets < 1:
-    raise ValueError(f"subsets = {subsets} must be at least 1 and subset_size = {subset_size} at least 2")
+    raise ValueError(f"subsets = {subsets} must be at least 1 and subset_size = {subset_size} at least 2: give more")
   rng, values = np.random.default_rng(seed), []
-  for _ in range(subsets):
+  for _ in range(subsets if size < max(len(features_a), len(features_b)) else 1):
     a, b = (
       features[rng.choice(len(features), size, replace=False)].astype(np.float64)
       for features in (features_a, features_b)
@@ -185,7 +198,8 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tup
   """Improved precision and recall (Kynkäänniemi et al. 2019).
 
   Precision is the fraction of generated features inside the real manifold, the balls around real features with the
-  distance to the k-th nearest real neighbour as radius. Recall exchanges the two sets.
+  distance to the k-th nearest real neighbour as radius. Recall exchanges the two sets. Both are 1 for a set and itself,
+  copies included: distances within rounding of zero are zero.
 
   Args:
     generated, real: [N, D] and [M, D], more than k rows each. Time grows with N² + M² + 2·N·M; memory is that of the
@@ -197,7 +211,9 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tup
   """
   _check(generated=generated, real=real)
   if not 1 <= k < min(len(generated), len(real)):
-    raise ValueError(f"k = {k} must be at least 1 and less than the rows, {len(generated)} and {len(real)}")
+    raise ValueError(
+      f"k = {k} must be at least 1 and less than the rows, {len(generated)} and {len(real)}: give more samples"
+    )
   centre = real.mean(axis=0, dtype=np.float64)  # distances from inner products lose digits far from the origin
   generated, real = ((features - centre).astype(np.float32) for features in (generated, real))
   return _covered(generated, real, _radii(real, k)), _covered(real, generated, _radii(generated, k))
@@ -222,7 +238,7 @@ def _kth_nearest(columns: jax.Array, rows: jax.Array, k: int) -> jax.Array:
   for _ in range(k):
     nearest = jnp.argmin(squared, axis=1)
     squared = jnp.where(jnp.arange(len(columns)) == nearest[:, None], jnp.inf, squared)
-  return jnp.maximum(jnp.min(squared, axis=1), 0)
+  return jnp.min(squared, axis=1)
 
 
 @jax.jit
@@ -232,7 +248,9 @@ def _is_covered(columns: jax.Array, radii: jax.Array, rows: jax.Array) -> jax.Ar
 
 def _squared_distances(rows: jax.Array, columns: jax.Array) -> jax.Array:
   cross = jnp.matmul(rows, columns.T, precision=jax.lax.Precision.HIGHEST)
-  return jnp.sum(rows**2, axis=1)[:, None] + jnp.sum(columns**2, axis=1) - 2 * cross
+  scale = jnp.sum(rows**2, axis=1)[:, None] + jnp.sum(columns**2, axis=1)
+  squared = scale - 2 * cross
+  return jnp.where(squared > ROUNDING * scale, squared, 0)  # a row and its copy
 
 
 def _cubic_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -248,7 +266,10 @@ def _check(**sets: np.ndarray):
       raise ValueError(f"{name}: {np.sum(~np.isfinite(features))} of {features.size} values are not finite")
   sizes = [features.shape[1] for features in sets.values()]
   if len(set(sizes)) > 1:
-    raise ValueError(f"features of {sizes[0]} and {sizes[1]} dimensions cannot be compared")
+    raise ValueError(
+      f"features of {sizes[0]} and {sizes[1]} dimensions cannot be compared ({' and '.join(sets)}): extract both with "
+      "the same network"
+    )
 
 
 def compute(features: dict[str, np.ndarray], reference: ReferenceStatistics) -> dict[str, float]:
@@ -263,26 +284,42 @@ def compute(features: dict[str, np.ndarray], reference: ReferenceStatistics) -> 
     "inception_score", "kernel_distance" (KID), "precision" and "recall". `_error` is a standard error: of the
     Fréchet distances by the jackknife over JACKKNIFE_GROUPS groups of samples, of precision and recall that of a
     fraction. It estimates how much another seed would change the metric, not the bias, which falls with the number of
-    samples. `_std` is the deviation over splits or over random subsets, as published numbers have it.
+    samples. `_std` is the deviation over splits or over random subsets, as published numbers have it. What needs more
+    samples than there are is left out, with a line in the log.
 
   Raises:
     ValueError: if there are fewer than two samples, a feature is not finite, or all samples are the same.
   """
-  metrics = {}
+  metrics, pool, real = {}, features["pool"], reference.features
   for kind, name in (("pool", "frechet"), ("spatial", "spatial_frechet")):
     if kind in features and kind in reference.gaussians:
       metrics[name], metrics[f"{name}_error"] = frechet_with_error(features[kind], reference.gaussians[kind])
-  if "logits" in features and len(features["logits"]) >= SPLITS:
+  if "logits" in features and len(pool) >= SPLITS:
     metrics["inception_score"], metrics["inception_score_std"] = inception_score(features["logits"], SPLITS)
-  pool = features["pool"]
-  if reference.features is not None:
-    metrics["kernel_distance"], metrics["kernel_distance_std"] = kernel_distance(pool, reference.features)
-    if min(len(pool), len(reference.features)) > NEIGHBOURS:
-      precision, recall = precision_recall(pool, reference.features, NEIGHBOURS)
-      for name, fraction, count in (("precision", precision, len(pool)), ("recall", recall, len(reference.features))):
-        metrics[name] = fraction
-        metrics[f"{name}_error"] = math.sqrt(fraction * (1 - fraction) / count)
+  if real is not None and len(real) >= 2:
+    metrics["kernel_distance"], deviation = kernel_distance(pool, real)
+    if max(len(pool), len(real)) > min(len(pool), len(real), SUBSET_SIZE):  # otherwise there is but one subset
+      metrics["kernel_distance_std"] = deviation
+  if real is not None and min(len(pool), len(real)) > NEIGHBOURS:
+    precision, recall = precision_recall(pool, real, NEIGHBOURS)
+    for name, fraction, count in (("precision", precision, len(pool)), ("recall", recall, len(real))):
+      metrics[name] = fraction
+      metrics[f"{name}_error"] = math.sqrt(fraction * (1 - fraction) / count)
+  _log_too_few(len(pool), None if real is None else len(real), "logits" in features)
   return metrics
+
+
+def _log_too_few(count: int, real: int | None, has_logits: bool):
+  """Warns of metrics that are left out, or mean little, for the numbers of samples."""
+  samples = f"{count} samples" + (f" and {real} real ones" if real is not None else "")
+  fewest = count if real is None else min(count, real)
+  if real is not None and fewest <= NEIGHBOURS:
+    left_out = "precision and recall" if fewest > 1 else "kernel distance, precision and recall"
+    log.warning("%s: too few for %s, left out; %d of each are needed", samples, left_out, NEIGHBOURS + 1)
+  if has_logits and count < SPLITS:
+    log.warning("%s: too few for an inception score over %d groups, left out", samples, SPLITS)
+  elif has_logits and count < SPLITS**2:
+    log.warning("%s: the inception score over %d groups cannot exceed %g", samples, SPLITS, count / SPLITS)
 
 
 def frechet_with_error(features: np.ndarray, real: Gaussian) -> tuple[float, float | None]:
@@ -295,16 +332,17 @@ def frechet_with_error(features: np.ndarray, real: Gaussian) -> tuple[float, flo
     ValueError: if there are fewer than two samples, a value is not finite, or all samples are the same.
   """
   if len(features) < 2:
-    raise ValueError(f"{len(features)} sample: a distance needs two")
+    raise ValueError(f"{len(features)} sample: a distance needs two, give more")
   if not np.all(np.isfinite(features)):
     bad = np.sum(~np.all(np.isfinite(features), axis=1))
     raise ValueError(f"the features of {bad} of {len(features)} samples are not finite: did the samples diverge?")
   groups = [GaussianStatistics.of(part) for part in np.array_split(features, min(JACKKNIFE_GROUPS, len(features) // 2))]
   gaussian = merge(groups).gaussian
   check_spread("the samples", gaussian)
-  root = square_root(real.covariance)
-  distance = frechet_of_gaussians(real, gaussian, root)
+  factor_real = factor(real.covariance)
+  distance = frechet_of_gaussians(real, gaussian, factor_real)
   if len(groups) < 2:
     return distance, None
-  without = [frechet_of_gaussians(real, merge(groups[:g] + groups[g + 1 :]).gaussian, root) for g in range(len(groups))]
+  others = (merge(groups[:g] + groups[g + 1 :]).gaussian for g in range(len(groups)))
+  without = [frechet_of_gaussians(real, other, factor_real) for other in others]
   return distance, math.sqrt((len(groups) - 1) * np.var(without))

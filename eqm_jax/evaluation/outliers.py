@@ -68,14 +68,22 @@ def auroc(inside_N: np.ndarray, outside_N: np.ndarray) -> float:
   """Probability that an outlier scores above an image of the data."""
   import sklearn.metrics
 
+  scores = np.concatenate([inside_N, outside_N])
+  if not np.all(np.isfinite(scores)):
+    raise ValueError(f"{np.sum(~np.isfinite(scores))} of {len(scores)} scores are not finite: does the model diverge?")
   is_outlier = np.concatenate([np.zeros(len(inside_N)), np.ones(len(outside_N))])
-  return float(sklearn.metrics.roc_auc_score(is_outlier, np.concatenate([inside_N, outside_N])))
+  return float(sklearn.metrics.roc_auc_score(is_outlier, scores))
 
 
 def _mahalanobis(source: samples.Source) -> Score:
   import sklearn.covariance
 
   real_N = samples.arrays(source, samples.spread(source, MAX_FEATURES))
+  if not np.any(np.ptp(real_N, axis=0)):
+    raise ValueError(
+      f"tasks.ood.scores: 'mahalanobis' needs images that differ, but data.source has {len(source)}, all the same: use "
+      "'norm', or give more"
+    )
   gaussian = sklearn.covariance.LedoitWolf().fit(real_N.reshape(len(real_N), -1))
   return lambda images_N: np.sqrt(gaussian.mahalanobis(images_N.reshape(len(images_N), -1)))
 

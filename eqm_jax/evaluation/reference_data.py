@@ -4,8 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from eqm_jax import distributed, plotting
+from eqm_jax.data import arrays as array_files
 from eqm_jax.data.samples import Source, arrays, spread
 from eqm_jax.evaluation import features as features_lib
 from eqm_jax.evaluation import metrics, plane
@@ -53,6 +52,7 @@ class ReferenceData:
     self.in_plane = source is not None and source.shape == plane.SHAPE
     self._fitted_to = None  # the data that the pixel classifier's verdicts depend on
     self.computed_with = distributed.computed_with()
+    self.class_names = next((data.class_names for data in (source, images) if data is not None), None)
     self.real_N = self._classifier = None
     if options.classifier_accuracy or self.in_plane:
       chosen = spread(source, MAX_FEATURES)
@@ -166,6 +166,7 @@ class ReferenceData:
     options, result = self._options, samples.result
     arrays = {
       "nfe": result.nfe,
+      "norm": result.norm,
       "status": result.status,
       "restarts": result.restarts,
       "seconds": np.asarray([samples.seconds]),
@@ -208,7 +209,10 @@ def compute_statistics(source: Source, features: Features, from_images: bool, th
     ValueError: if there are fewer than two samples, or all are the same.
   """
   if len(source) < 2:
-    raise ValueError(f"the data set has {len(source)} sample: statistics need at least 2")
+    raise ValueError(
+      f"the data set has {len(source)} sample, but statistics of the real data need 2: give data.source more, or set "
+      "evaluation.num_samples = None"
+    )
 
   def extract(indices):
     samples = arrays(source, indices, threads)
@@ -223,7 +227,7 @@ def compute_statistics(source: Source, features: Features, from_images: bool, th
     gaussians = {kind: GaussianStatistics.of(kept[kind]).gaussian for kind in NAMES if kind in kept}
   for kind, gaussian in gaussians.items():
     if not np.all(np.isfinite(gaussian.covariance)):
-      raise ValueError(f"{features.name} features of the real data are not finite ({kind})")
+      raise ValueError(f"{features.name} features of the real data are not finite ({kind}): is the data damaged?")
     metrics.check_spread(f"{features.name} features of the real data", gaussian)
   origin = {
     "from": "the data set",
@@ -270,8 +274,8 @@ def check_path(path: str):
   """Raises ValueError if there is no file of statistics."""
   if not os.path.isfile(path):
     raise ValueError(
-      f"{path}: no such statistics. --mode=statistics computes them from the data set; docs/evaluation.md says where "
-      "ADM's are"
+      f"evaluation.inception.reference: {path}: no such statistics. --mode=statistics computes them from the data set; "
+      "docs/evaluation.md says where ADM's are"
     )
 
 
@@ -288,24 +292,59 @@ def load(path: str, features: Features) -> ReferenceStatistics:
     ValueError: naming the file, if it is missing or damaged, or has other features or features of another size.
   """
   check_path(path)
-  with _naming(path), np.load(path) as file:
-    saved = {name: file[name] for names in NAMES.values() for name in names if name in file}
-    origin = json.loads(str(file["about"])) if "about" in file else None
-    kept = file["features"] if origin and "features" in file else None
-    images = file["arr_0"] if not origin and "arr_0" in file else None
-  if not {"mu", "sigma"} <= set(saved):
-    raise ValueError(f"{path}: holds no statistics (mu and sigma); a data set of images is no reference by itself")
-  gaussians = {
-    kind: _checked(path, kind, Gaussian(saved[mean], saved[covariance]), features)
-    for kind, (mean, covariance) in NAMES.items()
-    if mean in saved
-  }
-  if origin is None:
-    origin = _foreign_origin(path, "spatial" in gaussians, features)
-    kept = features.extract(images[:MAX_FEATURES])["pool"] if images is not None else None
-  elif origin["features"] != features.settings:
-    raise ValueError(f"{path}: statistics of {origin['features']}, but the samples' features are {features.settings}")
+  with _naming_key():
+    headers = array_files.read_headers(path)
+    known = [name for names in NAMES.values() for name in names if name in headers]
+    if not {"mu", "sigma"} <= set(known):
+      raise ValueError(
+        f"{path}: holds no statistics (mu and sigma), but {', '.join(headers) or 'one array'}: --mode=statistics "
+        "computes them from a data set of images"
+      )
+    ours = [name for name in ("about", "features") if "about" in headers and name in headers]
+    saved = array_files.load(path, known + ours)
+    origin = _recorded_origin(path, saved)
+    gaussians = {
+      kind: _checked(path, kind, Gaussian(saved[mean], saved[covariance]), features)
+      for kind, (mean, covariance) in NAMES.items()
+      if {mean, covariance} <= set(known)
+    }
+    if origin is None:
+      origin = _foreign_origin(path, "spatial" in gaussians, features)
+      kept = _features_of_images(path, features) if "arr_0" in headers else None
+    elif origin["features"] != features.settings:
+      raise ValueError(
+        f"{path}: statistics of {origin['features']}, but the samples' features are {features.settings}: compute "
+        "others by --mode=statistics"
+      )
+    else:
+      kept = saved.get("features")
+      if kept is not None and (kept.shape[1:] != gaussians["pool"].mean.shape or not np.all(np.isfinite(kept))):
+        raise ValueError(
+          f"{path}: features of shape {kept.shape} are not finite, or not of the {len(gaussians['pool'].mean)} numbers "
+          "of mu: compute them again, --mode=statistics"
+        )
   return ReferenceStatistics(gaussians, kept, {**origin, "from": os.path.basename(path)})
+
+
+def _recorded_origin(path: str, saved: dict[str, np.ndarray]) -> dict[str, Any] | None:
+  """What `save` records of its statistics; None for another program's."""
+  if "about" not in saved:
+    return None
+  try:
+    return {"features": None, **json.loads(str(saved["about"]))}
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path}: its record `about` is damaged ({error}): compute it again, --mode=statistics") from error
+
+
+def _features_of_images(path: str, features: Features) -> np.ndarray:
+  """Features of the images that ADM's file holds beside the statistics."""
+  images = array_files.load(path, ["arr_0"])["arr_0"][:MAX_FEATURES]
+  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+    raise ValueError(
+      f"{path}: arr_0 is {images.dtype}{list(images.shape)}, but images beside statistics are uint8 [N, H, W, 3]: "
+      "leave it out"
+    )
+  return features.extract(images)["pool"]
 
 
 def _foreign_origin(path: str, has_spatial: bool, features: Features) -> dict[str, Any]:
@@ -325,26 +364,31 @@ def _foreign_origin(path: str, has_spatial: bool, features: Features) -> dict[st
 def _checked(path: str, kind: str, gaussian: Gaussian, features: Features) -> Gaussian:
   """The Gaussian in float64, if it fits the features."""
   mean, covariance = gaussian.mean, gaussian.covariance
-  size = features.sizes.get(kind, len(mean))
+  size = features.sizes.get(kind, mean.size)
   if mean.shape != (size,) or covariance.shape != (size, size):
     raise ValueError(
       f"{path}: statistics of shapes {mean.shape} and {covariance.shape}, but {kind} features of {features.name} "
-      f"have {size} dimensions"
+      f"have {size} dimensions: give statistics of the same features, as --mode=statistics computes them"
     )
+  if mean.dtype.kind not in "iuf" or covariance.dtype.kind not in "iuf":
+    raise ValueError(f"{path}: {kind} statistics are {mean.dtype} and {covariance.dtype}: give numbers")
+  mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
   if not (np.all(np.isfinite(mean)) and np.all(np.isfinite(covariance))):
-    raise ValueError(f"{path}: {kind} statistics are not finite")
-  return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
+    raise ValueError(f"{path}: {kind} statistics are not finite: compute them again, from images without damage")
+  if np.min(np.diagonal(covariance)) < 0 or not np.allclose(covariance, covariance.T, atol=1e-3 * np.ptp(covariance)):
+    raise ValueError(
+      f"{path}: {kind} statistics have no covariance (symmetric, variances of at least 0): compute them again"
+    )
+  return Gaussian(mean, covariance)
 
 
 @contextlib.contextmanager
-def _naming(path: str):
-  """Names the file in errors of reading it."""
+def _naming_key():
+  """Names the key in errors of reading its file."""
   try:
     yield
-  except (OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-    raise ValueError(f"{path}: not a whole .npz of statistics ({error})") from error
-  except ValueError as error:  # numpy refuses to unpickle
-    raise ValueError(f"{path}: not an .npz of statistics ({error})") from error
+  except ValueError as error:
+    raise ValueError(f"evaluation.inception.reference: {error}") from error
 
 
 def _between_halves(statistics: ReferenceStatistics) -> dict[str, float]:
@@ -354,6 +398,8 @@ def _between_halves(statistics: ReferenceStatistics) -> dict[str, float]:
     return {}
   rng = np.random.default_rng(0)
   repeats = 10 if features.shape[1] <= 512 else 1  # with more features each takes seconds
-  orders = [rng.permutation(len(features)) for _ in range(repeats)]
-  halves = [np.array_split(features[order], 2) for order in orders]
-  return {"frechet_between_halves": float(np.mean([metrics.frechet_distance(a, b) for a, b in halves]))}
+  distances = []
+  for _ in range(repeats):
+    halves = np.array_split(features[rng.permutation(len(features))], 2)  # of copies, a half may be all the same
+    distances.append(metrics.frechet_of_gaussians(*(GaussianStatistics.of(half).gaussian for half in halves)))
+  return {"frechet_between_halves": float(np.mean(distances))}

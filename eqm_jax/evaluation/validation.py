@@ -28,6 +28,7 @@ def check_options(config: ml_collections.ConfigDict, generator: Generator):
     )
   at_least("evaluation.num_samples", options.num_samples, 2, "a distance needs two samples")
   at_least("evaluation.chunk_size", options.chunk_size, 1)
+  at_least("evaluation.batch_size", options.batch_size, 1)
   _check_labels(options, generator.model.num_classes)
   one_of("evaluation.weights", options.weights, WEIGHTS)
   at_least("evaluation.benchmark_repeats", options.benchmark_repeats, 1)

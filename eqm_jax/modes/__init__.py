@@ -6,11 +6,15 @@ the text of the files, so that help and checks import neither JAX nor the mode.
 
 import ast
 import dataclasses
+import errno
 import functools
 import importlib
+import os
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from eqm_jax import io
 
 if TYPE_CHECKING:
   import ml_collections
@@ -54,6 +58,8 @@ class Mode:
 @functools.cache
 def declaration(name: str) -> Mode:
   """Declaration of a mode, read without importing its module; `run` imports it."""
+  if name not in NAMES:
+    raise ValueError(f"mode = {name!r} must be one of {', '.join(NAMES)}")
   tree = ast.parse(pathlib.Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
   assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
   literals = {item.arg: ast.literal_eval(item.value) for item in assigned["MODE"].keywords if item.arg != "run"}
@@ -83,18 +89,31 @@ def run(mode: str, config: "ml_collections.ConfigDict", workdir: str, checkpoint
   flags = {name: value for name, value in {"checkpoint": checkpoint, **flags}.items() if value not in (None, False)}
   for name, value in flags.items():
     _check_flag(declared, name, value)
-  if declared.needs_devices and declared.processes == "one":
-    _check_one_process(declared)
-  declared.run(config, workdir, **flags)
+  if not workdir or "://" in workdir:
+    raise ValueError(f"--workdir={workdir} must be a directory: give one; of a bucket, where that is mounted")
+  _expand_home(config)
+  flags = {name: _expanded(value) for name, value in flags.items()}
+  workdir = os.path.abspath(_expanded(workdir))
+  if declared.checkpoint != "none":  # the others check this, or write elsewhere
+    model = "" if "checkpoint" in flags else f", with --checkpoint={workdir} for the model in this one"
+    io.check_writable(workdir, f"choose another --workdir{model}")
+  if declared.needs_devices:
+    _check_processes_and_devices(declared)
+  try:
+    declared.run(config, workdir, **flags)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    remedy = "make room, and start again; what is complete stays"
+    raise OSError(f"{error.filename or workdir}: cannot be written ({error.strerror}): {remedy}") from error
 
 
-def table(tablefmt: str = "simple_grid") -> str:
-  """Table of all modes: name, summary, files written; `tablefmt` is one of the package tabulate."""
+def table() -> str:
+  """Table of all modes: name, summary, files written."""
   import tabulate
 
   rows = [(mode.name, mode.summary, mode.writes) for mode in map(declaration, NAMES)]
-  widths = [None, 46, 46] if tablefmt == "simple_grid" else None
-  return tabulate.tabulate(rows, ("mode", "does", "writes"), tablefmt=tablefmt, maxcolwidths=widths)
+  return tabulate.tabulate(rows, ("mode", "does", "writes"), tablefmt="simple_grid", maxcolwidths=[None, 46, 46])
 
 
 def _check_flag(mode: Mode, name: str, value: Any):
@@ -104,16 +123,32 @@ def _check_flag(mode: Mode, name: str, value: Any):
   takers = ", ".join(f"--mode={other}" for other in NAMES if name in declaration(other).all_flags)
   if name == "checkpoint" and mode.checkpoint_hint:
     raise ValueError(f"{given}: --mode={mode.name} takes no checkpoint: {mode.checkpoint_hint}. It is for {takers}")
-  raise ValueError(f"{given}: --mode={mode.name} has no such flag: leave it out. It is for {takers}")
+  raise ValueError(f"{given}: --mode={mode.name} has no such flag: leave it out. It is for {takers or 'no mode'}")
 
 
-def _check_one_process(mode: Mode):
+def _expand_home(section: "ml_collections.ConfigDict"):
+  """Puts the home directory in place of the `~` that values of a config begin with, which are paths."""
+  for name, value in section.items():
+    if hasattr(value, "items"):
+      _expand_home(value)
+    elif (expanded := _expanded(value)) != value:
+      section[name] = expanded
+
+
+def _expanded(value: Any) -> Any:
+  if isinstance(value, list | tuple):
+    return type(value)(map(_expanded, value))
+  return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _check_processes_and_devices(mode: Mode):
   from eqm_jax import distributed
 
+  distributed.check_devices()
   _, processes = distributed.process_index_and_count()
-  if processes > 1:
+  if processes > 1 and mode.processes == "one":
     raise ValueError(
-      f"--mode={mode.name} runs in one process, not in {processes}: start it on one machine, without "
-      "--num_processes. Several share the work of "
+      f"--mode={mode.name} runs in one process, not in {processes}: start it once, with "
+      "--num_processes=1. Several share the work of "
       + ", ".join(f"--mode={other}" for other in NAMES if declaration(other).processes == "many")
     )

@@ -1,6 +1,8 @@
 """What modes open: the model, the data set, the autoencoder, and the generator of a section of the config."""
 
+import dataclasses
 import os
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -90,7 +92,16 @@ def open_generator(
 ) -> tuple[Generator, pretrained.Pretrained]:
   """Generator of the model that `checkpoint`, else the workdir, holds; with the settings of `options`."""
   loaded = load_model(config, workdir, checkpoint, options.weights)
-  return make_generator(config, options, loaded.model, loaded.params, open_decoder(config, loaded)), loaded
+  decoder = open_decoder(config, loaded)
+  generator = make_generator(config, options, loaded.model, loaded.params, decoder)
+  return with_class_names(generator, loaded.class_names), loaded
+
+
+def with_class_names(generator: Generator, class_names: Sequence[str] | None) -> Generator:
+  """The generator with the names of a data set's classes, where the model's files have none."""
+  if generator.class_names is not None or class_names is None or len(class_names) != generator.model.num_classes:
+    return generator
+  return dataclasses.replace(generator, class_names=class_names)
 
 
 def directory_of(workdir: str, name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from eqm_jax import plotting
 from eqm_jax.checkpoints import pretrained
 from eqm_jax.data.codec import check_same_autoencoder
 from eqm_jax.equilibrium.field import check_labels
@@ -35,20 +36,23 @@ def run(config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None 
   row, count = task.row(), config.tasks.num_images
   first = terms[0].generator
   rest = Term(first, first.model.num_classes, 1 - sum(term.weight for term in terms))
+  classifier = _classifier(task) if config.evaluation.classifier_accuracy else None
   result = descend_sum("sum", row, [*terms, rest], count)
-  pictured = []
+  pictured, names = [], []
   for term in terms:
-    name = f"label {term.label}, weight {term.weight:g}"
+    names.append(term.generator.label_names[term.label])
+    name = f"{names[-1]}, weight {term.weight:g}"
     pictured.append(descend_sum(name, row, [dataclasses.replace(term, weight=1.0)], min(COLUMNS, count)).x)
   report = {
     "sampler": row.to_dict(),
-    "terms": [{"label": term.label, "weight": term.weight} for term in terms],
+    "terms": [{"label": term.label, "class": name, "weight": term.weight} for term, name in zip(terms, names)],
     "nfe": float(result.nfe.mean()),
   }
-  if config.evaluation.classifier_accuracy:
-    report["classified_as"] = _classified(task, result.x)
+  if classifier is not None:
+    report["classified_as"] = _classified(task, classifier, result.x)
   arrays = {"x": result.x, "nfe": result.nfe, "norm": result.norm}
-  task.write(report, task.picture([*pictured, result.x]), "compose.npz", arrays)
+  captions = plotting.row_captions([*names, "sum"], min(COLUMNS, count)) if first.class_names else None
+  task.write(report, task.picture([*pictured, result.x], captions), "compose.npz", arrays)
   log.info("composed samples: %s", task.directory)
 
 
@@ -68,7 +72,8 @@ def open_terms(task: Task) -> list[Term]:
     other = pretrained.load(path, weights=task.options.weights)
     _check_fits(path, other.model, generator.model)
     check_same_autoencoder(f"tasks.compose.checkpoints: {path}", other.autoencoder, task.autoencoder_id)
-    terms.append(Term(dataclasses.replace(generator, model=other.model, params=other.params), label, weight))
+    loaded = {"model": other.model, "params": other.params, "class_names": other.class_names}
+    terms.append(Term(dataclasses.replace(generator, **loaded), label, weight))
   return terms
 
 
@@ -105,10 +110,14 @@ def _check_fits(path: str, other: DiT, model: DiT):
     )
 
 
-def _classified(task: Task, x: np.ndarray) -> dict[str, Any]:
+def _classifier(task: Task) -> features.PixelClassifier:
+  """A classifier of the real images; before anything is sampled, because the data may not allow one."""
+  return features.PixelClassifier(*task.real_and_labels(reference_data.MAX_FEATURES))
+
+
+def _classified(task: Task, classifier: features.PixelClassifier, x: np.ndarray) -> dict[str, Any]:
   """Fraction of samples that a classifier of the real ones assigns to each class."""
   source = task.source
-  classifier = features.PixelClassifier(*task.real_and_labels(reference_data.MAX_FEATURES))
   predicted_N = classifier.predict(np.clip(x, -1, 1) if reference_data.is_pixels(source) else x)
   return {str(label): float(np.mean(predicted_N == label)) for label in range(source.num_classes)}
 

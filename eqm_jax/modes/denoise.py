@@ -7,7 +7,7 @@ import numpy as np
 
 from eqm_jax.equilibrium import tasks
 from eqm_jax.modes import Mode
-from eqm_jax.modes.task import mean_square, open_task
+from eqm_jax.modes.task import COLUMNS, mean_square, open_task
 from eqm_jax.sampling import applications
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None 
       pictured.append(start_N)
     pictured.append(result.x)
     arrays[f"gamma_{name}"] = result.x
-  task.write(report, task.picture(pictured), "denoised.npz", arrays)
+  task.write(report, task.picture(pictured, generator.captions(label_N[:COLUMNS])), "denoised.npz", arrays)
   log.info("denoised images: %s", task.directory)
 
 

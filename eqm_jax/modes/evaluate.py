@@ -1,9 +1,11 @@
 """Mode evaluate: samples of a model compared with real data."""
 
+import contextlib
 import logging
 import os
 
 import ml_collections
+from PIL import Image
 
 from eqm_jax.checkpoints.pretrained import Pretrained
 from eqm_jax.data.codec import check_same_autoencoder
@@ -11,6 +13,7 @@ from eqm_jax.evaluation import evaluator, features, validation
 from eqm_jax.evaluation.reference_data import ReferenceData
 from eqm_jax.modes import Mode, common
 from eqm_jax.sampling.generator import Generator
+from eqm_jax.training import run_page, wandb_run
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,22 @@ def write_evaluation(
 ):
   """Evaluates the generator into the workdir; `origin` says where its weights are from."""
   directory = os.path.join(workdir, "evaluation")
-  evaluator.evaluate(config, generator, reference, directory, origin)
+  generator = common.with_class_names(generator, reference.class_names)
+  report = evaluator.evaluate(config, generator, reference, directory, origin)
+  if report is not None:
+    run_page.write(workdir)
+    _log_to_wandb(config, workdir, report)
   log.info("evaluation: %s", directory)
+
+
+def _log_to_wandb(config: ml_collections.ConfigDict, workdir: str, report: dict):
+  """Adds the metrics and pictures to the run of the workdir, if the config has one."""
+  step = report["weights"]["step"] or 0
+  with contextlib.closing(wandb_run.WandbRun(config, workdir)) as run:
+    for name, row in report["rows"].items():
+      run.log(step, {f"{name}/{metric}": value for metric, value in evaluator.flat(row["metrics"]).items()})
+      with Image.open(os.path.join(workdir, "evaluation", f"samples_{name}.png")) as picture:
+        run.log_picture(step, f"{name}/samples", picture)
 
 
 def origin_of(model: Pretrained, checkpoint: str | None) -> dict:
@@ -67,7 +84,7 @@ def origin_of(model: Pretrained, checkpoint: str | None) -> dict:
 MODE = Mode(
   name="evaluate",
   summary="Compares samples of a model with real data: FID and other metrics, NFE, speed.",
-  writes="evaluation/: evaluation.json, evaluation.md, pictures",
+  writes="evaluation/: evaluation.json, evaluation.md, pictures, pages of samples; report.html",
   run=run,
   checkpoint="needs",
   processes="many",

@@ -6,12 +6,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from eqm_jax.data import arrays
 from eqm_jax.equilibrium import tasks
 from eqm_jax.equilibrium.sampler import Result
 from eqm_jax.evaluation import evaluator
 from eqm_jax.evaluation.reference_data import MAX_FEATURES
 from eqm_jax.modes import Mode
-from eqm_jax.modes.task import Task, mean_square, open_task
+from eqm_jax.modes.task import COLUMNS, Task, mean_square, open_task
 
 MASKS = ("left", "right", "top", "bottom", "centre", "all")
 
@@ -37,8 +38,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None 
   report = {"sampler": row.to_dict(), "images": len(result.x), **config.tasks.inpaint.to_dict()}
   report |= _errors(task, result, image_N, painted)
   left_over = np.where(painted, 0.0, image_N)
-  arrays = {"x": result.x, "label": label_N, "mask": mask}
-  task.write(report, task.picture([image_N, left_over, result.x]), "inpainted.npz", arrays)
+  saved = {"x": result.x, "label": label_N, "mask": mask}
+  picture = task.picture([image_N, left_over, result.x], task.generator.captions(label_N[:COLUMNS]))
+  task.write(report, picture, "inpainted.npz", saved)
   log.info("inpainted images: %s", task.directory)
 
 
@@ -77,11 +79,13 @@ def read_mask(spec: str, shape: tuple[int, int, int]) -> np.ndarray:
   H, W, _ = shape
   if spec in MASKS:
     mask = _named_mask(spec, H, W)
-  elif spec.endswith(".npy"):
-    mask = _stored_mask(spec, H, W)
+  elif spec.endswith((".npy", ".npz")):
+    try:
+      mask = _stored_mask(spec, H, W)
+    except ValueError as error:
+      raise ValueError(f"tasks.inpaint.mask: {error}") from error
   else:
     raise ValueError(f"tasks.inpaint.mask = {spec!r} is unknown: give {', '.join(MASKS)}, or a .npy [{H}, {W}]")
-  tasks.check_mask(mask[..., None], (1, *shape))
   if not mask.any():
     raise ValueError(
       f"tasks.inpaint.mask = {spec!r} has no pixel to paint on images of {H}×{W}: give one with at least one pixel"
@@ -104,16 +108,19 @@ def _named_mask(name: str, H: int, W: int) -> np.ndarray:
 
 
 def _stored_mask(path: str, H: int, W: int) -> np.ndarray:
-  try:
-    mask = np.load(path)
-  except (OSError, ValueError, EOFError) as error:
-    raise ValueError(f"tasks.inpaint.mask: {path}: not a whole .npy file ({error}): give a .npy [{H}, {W}]") from error
-  if not isinstance(mask, np.ndarray):
-    raise ValueError(f"tasks.inpaint.mask: {path} holds several arrays: give a .npy of one")
+  headers = arrays.read_headers(path)
+  if len(headers) > 1:
+    raise ValueError(f"{path} holds several arrays, {', '.join(headers)}: give a .npy of one")
+  mask = arrays.load(path, [*headers])[next(iter(headers))]
+  if mask.shape in ((H, W, 1), (1, H, W), (1, H, W, 1)):
+    mask = mask.reshape(H, W)
   if mask.shape != (H, W):
     raise ValueError(
-      f"tasks.inpaint.mask: {path} has shape {mask.shape}, but the images are {(H, W)}: give a mask of their shape"
+      f"{path} has shape {mask.shape}, but the images are {(H, W)}: give a mask of their shape, one for all images"
     )
+  if mask.dtype.kind not in "biuf" or not np.all((mask == 0) | (mask == 1)):
+    values = ", ".join(map(str, np.unique(mask)[:4].tolist()))
+    raise ValueError(f"{path} has values such as {values}: give 1 (paint anew) and 0 (keep), mask > 127 of an image")
   return mask
 
 

@@ -122,7 +122,7 @@ def _encode(config: ml_collections.ConfigDict, source: Source, codec: Codec):
   )
   distributed.wait_for_all("the cache of latents is encoded")
   if process == 0:
-    manifest = encode_latents.finish(path, settings)
+    manifest = encode_latents.finish(path, settings, source.class_names)
     skipped = settings.images - manifest["records"]
     log.info("%s: %d images, %d encoded now, %d left out", path, manifest["records"], encoded, skipped)
     _picture(os.path.join(path, "reconstructed.png"), source, codec)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -10,7 +11,7 @@ from PIL import Image
 
 from eqm_jax import plotting
 from eqm_jax.checks import at_least, one_of
-from eqm_jax.data import images, samples
+from eqm_jax.data import arrays, images, samples
 from eqm_jax.data.codec import check_same_autoencoder
 from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium.field import check_labels
@@ -86,10 +87,13 @@ class Task:
       ValueError: naming the key or the file, if they do not fit the model.
     """
     options = self.options
+    decoding = {"upright": options.upright, "background": options.background}
     if options.images is not None:
       in_pixels, bounded = self.source.autoencoder_id is None, reference_data.is_pixels(self.source) and not noisy
       shape = self.generator.model.input_shape
-      image_N, own_N = images.read(options.images, shape, options.num_images, in_pixels, bounded)
+      image_N, own_N = images.read(options.images, shape, options.num_images, in_pixels, bounded, **decoding)
+      if not in_pixels:
+        check_same_autoencoder(options.images, arrays.recorded_autoencoder(options.images), self.autoencoder_id)
     else:
       image_N, own_N = self.real_and_labels(options.num_images)
     return image_N, self._labels(own_N, len(image_N))
@@ -113,12 +117,17 @@ class Task:
     picture.save(f"{path}.png")
     write_json(f"{path}.json", report)
 
-  def picture(self, rows: list[np.ndarray], columns: int = COLUMNS) -> Image.Image:
-    """Rows of images below each other, the first `columns` of each, latents decoded; or diagrams of points."""
+  def picture(self, rows: list[np.ndarray], captions: Sequence[str] | None = None) -> Image.Image:
+    """Rows of images below each other, the first of each, latents decoded; or diagrams of points.
+
+    Args:
+      rows: [N, H, W, C] each.
+      captions: below the images, as `plotting.grid` takes them.
+    """
     if rows[0].shape[1:] == plane.SHAPE:
       return _side_by_side([plane.scatter(row) for row in rows])
-    pixels = self.generator.pixels(np.concatenate([row[:columns] for row in rows]))
-    return plotting.grid(pixels, min(columns, len(rows[0])))
+    pixels = self.generator.pixels(np.concatenate([row[:COLUMNS] for row in rows]))
+    return plotting.grid(pixels, min(COLUMNS, len(rows[0])), captions=captions)
 
 
 def open_task(name: str, config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None) -> Task:
@@ -129,9 +138,11 @@ def open_task(name: str, config: ml_collections.ConfigDict, workdir: str, checkp
   """
   at_least("tasks.num_images", config.tasks.num_images, 1)
   at_least("tasks.batch_size", config.tasks.batch_size, 1)
+  one_of("tasks.background", config.tasks.background, images.BACKGROUNDS)
   generator, model = common.open_generator(config, config.tasks, workdir, checkpoint)
   source = common.open_source(config)
   check_same_autoencoder("the model", model.autoencoder, source.autoencoder_id)
+  generator = common.with_class_names(generator, source.class_names)
   return Task(name, config, generator, model.autoencoder, source, os.path.join(workdir, name))
 
 

@@ -26,12 +26,13 @@ def run(config: ml_collections.ConfigDict, workdir: str):
   """
   model = DiT(**config.model)
   evaluates = config.evaluation.num_samples is not None
-  if evaluates:  # mistakes in the evaluation are found before anything takes long
+  if evaluates:  # mistakes are found before anything takes long
     untrained = common.make_generator(config, config.evaluation, model)
     validation.check_options(config, untrained)
     periodic_evaluation.check(config, untrained)
   else:
     log.info("evaluation.num_samples = None: no evaluation, neither during training nor after it")
+  train.check(config, workdir)
   if "prepare" in config:
     prepare.prepare(config)
   codec = codec_lib.open_codec(config.autoencoder)
@@ -40,6 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str):
     return
   generator = common.make_generator(config, config.evaluation, model, decoder=codec)
   reference = evaluate.open_reference(config, generator)
+  generator = common.with_class_names(generator, reference.class_names)
   if train.train(config, workdir, codec, reference=reference, generator=generator):
     trained = common.load_model(config, workdir, None, config.evaluation.weights)
     generator = dataclasses.replace(generator, model=trained.model, params=trained.params)
@@ -49,7 +51,10 @@ def run(config: ml_collections.ConfigDict, workdir: str):
 MODE = Mode(
   name="train",
   summary="Trains a model, resuming where it was stopped, and evaluates it at the end.",
-  writes="config.json, checkpoints/, metrics.jsonl, tensorboard/, best.json, best.png; what evaluate writes",
+  writes=(
+    "config.json, environment.json, checkpoints/, metrics.jsonl, tensorboard/, best.json, best.png, report.html; "
+    "evaluate's files"
+  ),
   run=run,
   checkpoint="none",
   processes="many",

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from eqm_jax import checks
 from eqm_jax.networks import cpu_blocks
+from eqm_jax.trees import path_name
 
 # depth, width, num_heads of the published sizes; the patch size follows the slash in a name: "XL/2".
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -33,6 +34,8 @@ ATTENTION = ("xla", "cudnn")
 BLOCKS = ("auto", "xla", "cpu")
 ENERGIES = ("none", "dot", "l2", "scalar")
 DTYPES = ("float32", "bfloat16", "float64")
+# Attributes that shape the parameters; of the energies, "scalar" does.
+SHAPING = ("channels", "patch_size", "width", "depth", "num_heads", "num_classes", "mlp_ratio", "learn_sigma", "energy")
 TIME_FREQUENCIES = 256
 
 # Mesh axes that activations are sharded over: along samples, and within a layer.
@@ -273,6 +276,35 @@ def attributes(model: DiT) -> dict[str, Any]:
 def attribute_fields() -> list[dataclasses.Field]:
   """The attributes of DiT, without those that linen adds."""
   return [field for field in dataclasses.fields(DiT) if field.name not in ("parent", "name")]
+
+
+def first_difference(saved: DiT, asked: DiT) -> tuple[str, str, Any, Any] | None:
+  """How the parameters of two models differ: the attributes, in words, and one parameter with both of its shapes."""
+  pairs = [(attribute, getattr(saved, attribute), getattr(asked, attribute)) for attribute in SHAPING]
+  words = "; ".join(f"{attribute} is {a!r} in the file, but {b!r} is asked for" for attribute, a, b in pairs if a != b)
+  if not words:
+    return None
+  theirs, ours = (
+    {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(parameter_shapes(model))}
+    for model in (saved, asked)
+  )
+  name = next((name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)), None)
+  return name and (words, name, theirs.get(name, "absent"), ours.get(name, "absent"))
+
+
+def check_fits(where: str, saved: DiT, asked: DiT):
+  """Refuses the parameters of the model `saved` for the model `asked`.
+
+  Raises:
+    ValueError: beginning with `where`, and naming the attributes in which the two differ.
+  """
+  difference = first_difference(saved, asked)
+  if difference:
+    words, name, shape, expected = difference
+    raise ValueError(
+      f"{where}: {words} ({name} has shape {shape}, but the model expects {expected}): ask for the file's, or give "
+      "another file"
+    )
 
 
 def parameter_shapes(model: DiT) -> dict[str, Any]:

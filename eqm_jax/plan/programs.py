@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eqm_jax.data import codec
 from eqm_jax.equilibrium import field as field_lib
@@ -212,7 +212,7 @@ def _autoencoder(config, model: dit.DiT) -> autoencoder.Autoencoder:
 
 def _one_chip(topology: Topology) -> tuple[Mesh, NamedSharding]:
   """A mesh of one chip of a slice, and the sharding of arrays on it."""
-  mesh = Mesh(np.asarray(topology.devices[:1]), ("data",))
+  mesh = Mesh(np.asarray(topology.devices[:1]), ("data",), axis_types=(AxisType.Auto,))
   return mesh, NamedSharding(mesh, PartitionSpec())
 
 

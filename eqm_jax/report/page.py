@@ -6,19 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from eqm_jax import plotting
+from eqm_jax import pages, plotting
 from eqm_jax.report.lab import FAILS, HOLDS, PARTLY
 
-COLOURS = {HOLDS: "#2a7d2a", PARTLY: "#a86f00", FAILS: "#b02a2a"}
-STYLE = """
-body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
-table { border-collapse: collapse; margin: 1em 0; font-size: 14px; display: block; overflow-x: auto; }
-td, th { border: 1px solid #ccc; padding: .25em .6em; text-align: left; }
-img { max-width: 100%; image-rendering: pixelated; }
-figure { margin: 1em 0; } figcaption { font-size: 14px; color: #555; }
-code { background: #f2f2f2; padding: .1em .3em; overflow-wrap: anywhere; }
-.verdict { font-weight: bold; white-space: nowrap; }
-"""
+COLOURS = {
+  HOLDS: "light-dark(#2a7d2a, #6cc46c)",
+  PARTLY: "light-dark(#a86f00, #e0a83c)",
+  FAILS: "light-dark(#b02a2a, #f07a7a)",
+}
+STYLE = ".verdict { font-weight: bold; white-space: nowrap; }"
 SIZE, DPI = (6.4, 3.4), 110  # of a diagram, in inches
 
 
@@ -35,44 +31,28 @@ def page(title: str, description: str, facts: Mapping[str, str], claims: Mapping
     for name, claim in claims.items()
   ]
   parts = [
-    "<!doctype html>",
-    '<html lang="en"><head><meta charset="utf-8">',
-    '<meta name="viewport" content="width=device-width, initial-scale=1">',
-    f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-    f"<h1>{html.escape(title)}</h1>",
     f"<p>{html.escape(description)}</p>",
-    _table([], [[html.escape(key), html.escape(value)] for key, value in facts.items()]),
-    _table(["claim", "here"], summary),
+    pages.facts(facts),
+    pages.table(["claim", "here"], summary),
     *(_section(name, claim) for name, claim in claims.items()),
-    "</body></html>\n",
   ]
-  return "\n".join(parts)
+  return pages.document(title, parts, style=STYLE)
 
 
 def _section(name: str, claim: dict[str, Any]) -> str:
-  cells = [[html.escape(cell) for cell in row] for row in (claim["columns"], *claim["rows"])]
   parts = [
     f'<h2 id="{name}">{html.escape(claim["title"])}</h2>',
     f"<p><b>Paper.</b> {html.escape(claim['paper'])}</p>",
     f"<p><b>Here.</b> {_verdict(claim['verdict'])}. <i>Criterion:</i> {html.escape(claim['criterion'])}</p>",
-    _table(cells[0], cells[1:]),
+    pages.text_table(claim["columns"], claim["rows"]),
     *(f"<p>{html.escape(note)}</p>" for note in claim.get("notes", ())),
+    *(pages.figure(f"figures/{file}", caption) for file, caption in claim["figures"].items()),
   ]
-  for file, caption in claim["figures"].items():
-    text = html.escape(caption)
-    parts.append(f'<figure><img src="figures/{file}" alt="{text}"><figcaption>{text}</figcaption></figure>')
   return "\n".join(parts)
 
 
 def _verdict(verdict: str) -> str:
   return f'<span class="verdict" style="color: {COLOURS[verdict]}">{html.escape(verdict)}</span>'
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table of cells that are HTML already."""
-  lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in columns) + "</tr>"] if columns else []
-  lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-  return "\n".join(["<table>", *lines, "</table>"])
 
 
 def plot_lines(path: str, x: Sequence[float], curves: Mapping[str, Sequence[Sequence[float]]], **axes: Any):

@@ -20,7 +20,7 @@ import eqm_jax
 from eqm_jax.checks import at_least, in_interval, one_of
 from eqm_jax.io import read_json, write_json
 from eqm_jax.networks.dit import DiT
-from eqm_jax.progress import time_left
+from eqm_jax.progress import duration
 from eqm_jax.report import lab, landscape_claims, page, sampling_claims, training_claims
 from eqm_jax.sampling.generator import Generator
 from eqm_jax.training import validation
@@ -158,7 +158,7 @@ class _Clock:
     self._finished += cost
     elapsed = time.monotonic() - self._begin
     left = elapsed / self._finished * (self._total - self._finished)
-    return f"{time_left(elapsed)} gone, {time_left(left)} left"
+    return f"{duration(elapsed)} gone, {duration(left)} left"
 
 
 def _names(config: ml_collections.ConfigDict) -> list[str]:

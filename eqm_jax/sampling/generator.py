@@ -20,6 +20,7 @@ from eqm_jax.equilibrium import ode, sampler, streaming, update_rules
 from eqm_jax.equilibrium.pytrees import check_labels
 from eqm_jax.networks.dit import DiT
 from eqm_jax.progress import Progress, waiting
+from eqm_jax.sampling import labels as labels_lib
 
 STREAM_LENGTH = 16  # samples per slot in one stream: more of them hide the progress, fewer leave slots idle at the end
 BATCHING = ("continuous", "static")
@@ -58,6 +59,7 @@ class Generator:
   batch_size: int  # samples in flight on each device
   multiplier: float  # λ of the field
   decoder: Codec | None = None  # turns latents into images; None: the samples are shown as they are
+  class_names: Sequence[str] | None = None  # shown beside labels; None: they have none
 
   @property
   def num_devices(self) -> int:
@@ -78,6 +80,17 @@ class Generator:
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of a sample as it is shown."""
     return self.decoder.image_shape(self.model.input_shape) if self.decoder else self.model.input_shape
+
+  @functools.cached_property
+  def label_names(self) -> list[str]:
+    """Words for the labels, the null class at the end."""
+    return labels_lib.names(self.model.num_classes, self.class_names)
+
+  def captions(self, label_N: Sequence[int]) -> list[str] | None:
+    """Words for labels, below pictures; None where their classes have no names."""
+    if self.class_names is None or np.all(np.asarray(label_N) == self.model.num_classes):
+      return None
+    return [self.label_names[label] for label in label_N]
 
   def pixels(self, x: np.ndarray) -> np.ndarray:
     """Samples [N, H, W, C] as they are shown: latents decoded to uint8, anything else unchanged."""

@@ -41,6 +41,19 @@ def parse(key: str, spec: str | int | Sequence[int], count: int, num_classes: in
   return np.resize(labels.astype(np.int32), count)
 
 
+def names(num_classes: int, class_names: Sequence[str] | None = None) -> list[str]:
+  """Words for the labels of a model, the null class at the end: with the names of the classes where they say more.
+
+  Args:
+    num_classes: of the model.
+    class_names: in the order of the labels.
+  """
+  numbers = [str(label) for label in range(num_classes)]
+  if class_names is None or list(class_names) == numbers or len(class_names) != num_classes:
+    return [*(f"class {number}" for number in numbers), "no class"]
+  return [*(f"{number} ({name})" for number, name in zip(numbers, class_names)), "no class"]
+
+
 def _listed(key: str, text: str) -> np.ndarray:
   """Labels of a comma-separated list of numbers and ranges."""
   labels: list[int] = []

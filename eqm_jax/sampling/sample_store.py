@@ -4,6 +4,7 @@ Every process of a run writes its chunks into the same directory. The chunks do 
 or devices, so a sample set may be finished by other ones than began it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -83,22 +85,31 @@ class SampleStore:
     Raises:
       ValueError: naming the file, if it is damaged.
     """
-    try:
-      with np.load(self._file(number)) as arrays:
-        return arrays[name]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-      raise ValueError(
-        f"{self._file(number)}: damaged ({error}). Remove the file, and the evaluation samples this chunk again"
-      ) from error
+    with self._opened(number) as arrays:
+      return arrays[name]
 
   def array(self, name: str) -> np.ndarray:
     """One array of all chunks."""
     return np.concatenate([self.read(name, number) for number in self.numbers])
 
   def names(self) -> list[str]:
-    """Names of the arrays that a chunk has."""
-    with np.load(self._file(0)) as arrays:
+    """Names of the arrays that a chunk has.
+
+    Raises:
+      ValueError: naming the file, if it is damaged.
+    """
+    with self._opened(0) as arrays:
       return list(arrays)
+
+  @contextlib.contextmanager
+  def _opened(self, number: int) -> Iterator[Mapping[str, np.ndarray]]:
+    try:
+      with np.load(self._file(number)) as arrays:
+        yield arrays
+    except (OSError, EOFError, KeyError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+      raise ValueError(
+        f"{self._file(number)}: damaged ({error}). Remove the file, and the evaluation samples this chunk again"
+      ) from error
 
   def remove(self):
     """Deletes the chunks, once the results that need them are written."""

@@ -31,11 +31,13 @@ def plot(generator: Generator, row: Row, labels: np.ndarray, directory: str):
 
   pixels = generator.pixels(frames.reshape(-1, *generator.model.input_shape))
   frames = pixels.reshape(*frames.shape[:2], *pixels.shape[1:])
-  animation = [plotting.grid(frame, len(frame)) for frame in frames]
+  captions = generator.captions(labels)
+  animation = [plotting.grid(frame, len(frame), captions=captions) for frame in frames]
   plotting.animation(animation, os.path.join(directory, "descent.gif"))
   columns = frames[np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)]
   strip = columns.swapaxes(0, 1).reshape(-1, *pixels.shape[1:])
-  plotting.grid(strip, len(columns)).save(os.path.join(directory, "descent.png"))
+  captions = plotting.row_captions(captions, len(columns)) if captions else None
+  plotting.grid(strip, len(columns), captions=captions).save(os.path.join(directory, "descent.png"))
   curves = np.asarray(norms.record)[1 : last + 1]
   plotting.norm_curves(curves, np.asarray(norms.nfe), row.threshold).save(os.path.join(directory, "norms.png"))
 

@@ -1,5 +1,6 @@
 """Trains a small autoencoder, for data that Stable Diffusion's is too large for or was not trained on."""
 
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -59,7 +60,7 @@ def fit(options: ml_collections.ConfigDict, source: Source, seed: int) -> tuple[
     return (optax.apply_updates(params, updates), opt_state), error
 
   state = params, optimizer.init(params)
-  with Progress(total=options.steps, desc="autoencoder", unit="step") as bar:
+  with contextlib.closing(data), Progress(total=options.steps, desc="autoencoder", unit="step") as bar:
     for step in range(options.steps):
       state, error = step_fn(state, next(data)["image"], jax.random.fold_in(key_steps, step))
       bar.update()

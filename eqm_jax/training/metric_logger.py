@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard and one line of text, written by the first process."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases and one line of text, by the first process."""
 
 import contextlib
 import json
@@ -13,11 +13,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tensorboardX
+from PIL import Image
 
 from eqm_jax import distributed, hardware
 from eqm_jax.equilibrium import objective
 from eqm_jax.io import atomic_write
-from eqm_jax.progress import Heartbeat, time_left
+from eqm_jax.progress import Heartbeat, bar, duration, in_notebook
+from eqm_jax.training.wandb_run import WandbRun
+
+FILE = "metrics.jsonl"  # in the workdir
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class MetricLogger:
     loss_scale: float = 1.0,
     skipped_batches: int = 0,
     newest_checkpoint: Callable[[], int | None] = lambda: None,
+    wandb_run: WandbRun | None = None,
   ):
     """Opens the files.
 
@@ -54,14 +59,16 @@ class MetricLogger:
       loss_scale: E[c²], by which losses of different schedules become comparable.
       skipped_batches: by the run so far.
       newest_checkpoint: its step, for errors.
+      wandb_run: takes the same metrics and pictures, and is closed with this logger.
     """
     self._writes = distributed.process_index_and_count()[0] == 0
     if self._writes:
-      self._path = os.path.join(workdir, "metrics.jsonl")
+      self._path = os.path.join(workdir, FILE)
       self._keep_up_to(first_step)
       self._file = open(self._path, "a", encoding="utf-8")
       self._board = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
     self._last_step, self._batch_size, self._log_every = last_step, batch_size, log_every
+    self._wandb_run = wandb_run
     self._flops, self._loss_scale, self._newest_checkpoint = flops_per_example, loss_scale, newest_checkpoint
     self._skipped_batches = skipped_batches
     self._previous: tuple[int, Mapping[str, jax.Array]] | None = None  # dispatched, not fetched
@@ -72,6 +79,8 @@ class MetricLogger:
     self._excluded = False
     self._begin = time.monotonic()
     self._heartbeat = Heartbeat(self._log_progress)
+    # A terminal has the lines.
+    self._bar = bar(not in_notebook(), desc="training", unit="step", total=last_step, initial=first_step)
 
   @contextlib.contextmanager
   def data_wait(self) -> Iterator[None]:
@@ -115,6 +124,13 @@ class MetricLogger:
     self._record(step, metrics)
     self._log("evaluation of step %d  %s", step, _text(metrics, 4))
 
+  def write_picture(self, step: int, name: str, picture: Image.Image):
+    """Writes a picture to TensorBoard and Weights & Biases."""
+    if self._writes:
+      self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+    if self._wandb_run:
+      self._wandb_run.log_picture(step, name, picture)
+
   def write(self, step: int, metrics: Mapping[str, float]):
     """Writes the metrics of one step, and the speed since the last record.
 
@@ -133,7 +149,7 @@ class MetricLogger:
       peaks = [stats["peak_bytes_in_use"] for stats in _memory_stats() if "peak_bytes_in_use" in stats]
       if peaks:
         metrics["device_gib"] = max(peaks) / 2**30
-      progress = f"  {time_left((self._last_step - step) / rate)} left"
+      progress = f"  {duration((self._last_step - step) / rate)} left"
     self._written.start(step)
     self._waited = 0.0
     self._record(step, metrics)
@@ -141,6 +157,9 @@ class MetricLogger:
 
   def close(self):
     self._heartbeat.close()
+    self._bar.close()
+    if self._wandb_run:
+      self._wandb_run.close()
     if self._writes:
       with contextlib.suppress(OSError):  # of a full disk, which the write of the line has reported
         self._file.close()
@@ -151,6 +170,7 @@ class MetricLogger:
     if self._fetched.step is None:
       self._fetched.start(step)
     self._newest_step = step
+    self._bar.update(step - self._bar.n)
     self._check_finite(step, metrics)
     if step % self._log_every == 0 or step in (1, self._last_step):
       self.write(step, {**metrics, "relative_loss": metrics["loss"] / self._loss_scale})
@@ -179,6 +199,8 @@ class MetricLogger:
       raise OSError(f"{self._path}: cannot be written ({error.strerror}); make room, and start again") from error
     for name, value in metrics.items():
       self._board.add_scalar(name, value, step)
+    if self._wandb_run:
+      self._wandb_run.log(step, metrics)
 
   def _log(self, text: str, *values: Any):
     log.info(text, *values)
@@ -190,12 +212,12 @@ class MetricLogger:
     if self._excluded:  # what runs instead reports its own progress
       return
     if step is None:
-      log.info("first step: %s so far, compilation included", time_left(time.monotonic() - self._begin))
+      log.info("first step: %s so far, compilation included", duration(time.monotonic() - self._begin))
     elif step == first:
       log.info("step %d/%d", step, self._last_step)
     else:
       rate = self._fetched.rate(step)
-      left = time_left((self._last_step - step) / rate)
+      left = duration((self._last_step - step) / rate)
       log.info("step %d/%d  %.4g images/s  %s left", step, self._last_step, rate * self._batch_size, left)
 
   def _keep_up_to(self, step: int):

@@ -5,27 +5,31 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
-from eqm_jax import distributed, plotting
+from eqm_jax import distributed, pages, plotting
 from eqm_jax.checks import at_least, one_of
 from eqm_jax.evaluation import evaluator
 from eqm_jax.evaluation.reference_data import ReferenceData
 from eqm_jax.io import read_json, write_json
 from eqm_jax.sampling.generator import Generator
 from eqm_jax.sampling.sample_store import SampleStore
-from eqm_jax.training import sharding
+from eqm_jax.training import run_page, sharding
 from eqm_jax.training.metric_logger import MetricLogger
 from eqm_jax.training.state import TrainState
 
 FILE = "best.json"  # in the workdir: the metrics so far, and the best step
-PICTURE = "best.png"  # the distances over the steps
+CURVE = "best.png"  # the distances over the steps
+IN_PICTURE = 20  # samples, the same at every step
 DIRECTORY = os.path.join("evaluation", evaluator.CHUNKS)  # in the workdir: what is being compared
+CLOSE_SECONDS = 5.0
 WAIT_SECONDS = 600.0  # for the samples of the other processes, which sample at the same time
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ class PeriodicEvaluation:
     self._row_name = config.evaluation.during_training.sampler
     self._row = config.samplers[self._row_name]
     self._reference, self._generator = reference, generator
+    self._workdir = workdir
     self._directory, self._path = os.path.join(workdir, DIRECTORY), os.path.join(workdir, FILE)
     settings = reference.settings(self._row, generator) | {
       "num_samples": self._options.during_training.num_samples,
@@ -98,7 +103,8 @@ class PeriodicEvaluation:
       label_N = evaluator.requested_labels(self._options, count, num_classes)
       store = self._reference.sample(self._row_name, self._row, label_N, generator, self._directory)
       is_first = distributed.process_index_and_count()[0] == 0
-      self._pending = step, _Comparison(self._reference, store) if is_first else None
+      captions = generator.captions(label_N[:IN_PICTURE])
+      self._pending = step, _Comparison(self._reference, store, captions) if is_first else None
 
   def collect(self, *, wait: bool):
     """Writes the metrics of the last samples, if they are computed; with `wait`, once they are.
@@ -118,8 +124,17 @@ class PeriodicEvaluation:
     self._metrics[step] = metrics or {self._options.features[0]: {"frechet": distance}}
     if metrics:
       self._write()
-      flat = {f"{space}/{name}": value for space, values in metrics.items() for name, value in values.items()}
-      self._logger.write_evaluation(step, {name: value for name, value in flat.items() if value is not None})
+      self._logger.write_evaluation(step, evaluator.flat(metrics))
+      path = run_page.picture_path(self._workdir, step)
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      comparison.picture.save(path)
+      self._logger.write_picture(step, "samples", comparison.picture)
+      run_page.write(self._workdir)
+
+  def close(self):
+    """Waits a little for a comparison that nobody collects: one that works with JAX when Python ends would abort it."""
+    if self._pending and self._pending[1]:
+      self._pending[1].join(CLOSE_SECONDS)
 
   def _read(self, first_step: int) -> dict[int, Any]:
     if not os.path.exists(self._path):
@@ -137,7 +152,7 @@ class PeriodicEvaluation:
     metrics = [self._metrics[step][space] for step in steps]
     errors = [one.get("frechet_error") or 0.0 for one in metrics]
     curve = plotting.metric_curve(steps, [one["frechet"] for one in metrics], errors, f"Fréchet distance ({space})")
-    curve.save(os.path.join(os.path.dirname(self._path), PICTURE))
+    curve.save(os.path.join(self._workdir, CURVE))
 
   def _distance(self, metrics: dict[str, Any]) -> float:
     return metrics[self._options.features[0]]["frechet"]
@@ -160,19 +175,26 @@ class NoEvaluation:
   def collect(self, *, wait: bool):
     pass
 
+  def close(self):
+    pass
+
 
 class _Comparison(threading.Thread):
   """Computes the metrics of one sample set. A daemon: a process that ends does not wait for it."""
 
-  def __init__(self, reference: ReferenceData, store: SampleStore):
+  def __init__(self, reference: ReferenceData, store: SampleStore, captions: Sequence[str] | None):
     super().__init__(name="comparison", daemon=True)
-    self._reference, self._store, self._result = reference, store, None
+    self._reference, self._store, self._captions, self._result = reference, store, captions, None
+    self.picture: Image.Image | None = None  # of the first samples, once there are metrics
     self.start()
 
   def run(self):
     try:
       self._store.wait(WAIT_SECONDS)
-      self._result = self._reference.metrics(self._store)
+      metrics = self._reference.metrics(self._store)
+      self.picture = evaluator.picture(self._store, self._reference, IN_PICTURE, self._captions)
+      self.picture.thumbnail((pages.MAX_WIDTH, pages.MAX_WIDTH))
+      self._result = metrics
     except Exception as error:  # early samples may diverge, a device may have no room: training goes on
       log.warning("evaluation during training: %s", error)
     self._store.remove()

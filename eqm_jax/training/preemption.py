@@ -20,6 +20,8 @@ class Preemption:
   def __init__(self, checkpoints: ocp.CheckpointManager):
     self._checkpoints, self._received = checkpoints, threading.Event()
     self._is_distributed = jax.distributed.is_initialized()
+    # Python lets no other thread handle signals, such as one that a notebook trains in.
+    self._handles = not self._is_distributed and threading.current_thread() is threading.main_thread()
 
   def requested(self, step: int) -> bool:
     """Whether the run should save this step and end."""
@@ -28,12 +30,12 @@ class Preemption:
     return self._received.is_set()
 
   def __enter__(self) -> "Preemption":
-    if not self._is_distributed:
+    if self._handles:
       self._previous = signal.signal(signal.SIGTERM, lambda *_: self._received.set())
     return self
 
   def __exit__(self, error_type, error, traceback):
-    if not self._is_distributed:
-      signal.signal(signal.SIGTERM, self._previous)
-    elif error is None:
+    if self._handles:
+      signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)  # None: not set by Python
+    elif self._is_distributed and error is None:
       signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what follows training has nothing to save

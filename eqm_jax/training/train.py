@@ -30,14 +30,13 @@ from eqm_jax.equilibrium import objective
 from eqm_jax.evaluation.reference_data import ReferenceData
 from eqm_jax.io import workdir_lock, write_json
 from eqm_jax.networks import flops
-from eqm_jax.networks.dit import DiT
+from eqm_jax.networks.dit import DiT, first_difference
 from eqm_jax.sampling.generator import Generator
-from eqm_jax.training import metric_logger, periodic_evaluation, sharding, validation
+from eqm_jax.training import metric_logger, periodic_evaluation, run_page, sharding, validation, wandb_run
 from eqm_jax.training import state as state_lib
 from eqm_jax.training import step as step_lib
 from eqm_jax.training.preemption import Preemption
 from eqm_jax.training.profiler import Profiler
-from eqm_jax.trees import path_name
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,9 @@ def train(
       stack.enter_context(workdir_lock(workdir))
     init_params = _load_init_params(config.train.init_from, workdir, run)
     batches = _open_batches(config, run)
+    stack.callback(pipeline.close, batches)
     evaluation = periodic_evaluation.open_evaluation(config, workdir, run.mesh, reference, generator)
+    stack.callback(evaluation.close)
     checkpoints = checkpoint_manager.open_manager(workdir, config.checkpoint.keep, lambda: evaluation.best)
     preemption = stack.enter_context(Preemption(checkpoints))  # outermost: also while the last save is being written
     stack.enter_context(checkpoint_manager.finishing(checkpoints))
@@ -107,19 +108,32 @@ def train(
         break
       evaluation.start_if_due(step, state)
     evaluation.collect(wait=not stop)
+    if not stop and distributed.process_index_and_count()[0] == 0:
+      run_page.write(workdir)
   if stop:
     log.info("SIGTERM: saved step %d", step)
   return not stop
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  """What a run works with, checked against each other and laid out over the devices."""
+def check(config: ml_collections.ConfigDict, workdir: str):
+  """Refuses what is wrong whatever the data: a setting, the mesh, or a workdir of another run.
 
-  source: Source
+  Raises:
+    ValueError: naming it.
+  """
+  _lay_out(config)
+  Profiler(config.train.profile, workdir)
+  validation.check_same_config(workdir, config)
+  if distributed.process_index_and_count()[0] == 0:
+    with workdir_lock(workdir):  # which nothing else has, and where files can be written
+      pass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  """The model, its optimizer and its state, over all devices."""
+
   model: DiT
-  codec: Codec | None  # encodes the images of each batch
-  autoencoder_id: dict[str, Any] | None  # of the latents that are trained on
   optimizer: optax.GradientTransformation
   mesh: Mesh
   batch_sharding: NamedSharding
@@ -128,32 +142,48 @@ class _Run:
   shardings: state_lib.TrainState
 
 
-def _set_up(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None) -> _Run:
-  """Opens the data and makes everything that writes nothing; refuses what does not fit."""
-  source = sources.open_source(config.data.source, {**config.data.options})
+@dataclasses.dataclass(frozen=True)
+class _Run(_Layout):
+  """Layout and data of a run, checked against each other."""
+
+  source: Source
+  codec: Codec | None  # encodes the images of each batch
+  autoencoder_id: dict[str, Any] | None  # of the latents that are trained on
+
+
+def _lay_out(config: ml_collections.ConfigDict) -> _Layout:
+  """Makes what needs no data; refuses settings that do not fit each other or the devices."""
   model = DiT(**config.model)
-  is_encoded = codec is not None and source.autoencoder_id is None
-  autoencoder_id = codec.autoencoder_id if is_encoded else source.autoencoder_id
-  if codec:
-    check_same_autoencoder(f"data.source {config.data.source!r}", autoencoder_id, codec.autoencoder_id)
-  codec = codec if is_encoded else None
-  validation.check_fits(config, model, source, codec, autoencoder_id)
+  validation.check_config(config, model)
+  wandb_run.check(config.train.wandb_project)
   objective.Schedule(**config.objective.schedule)  # refuses a bad one
   optimizer = state_lib.make_optimizer(config.optimizer, config.train.steps)
   mesh = sharding.make_mesh(**config.mesh)
   batch_sharding = sharding.batch_sharding(mesh, config.train.batch_size, config.train.grad_accum_steps)
-  validation.check_same_run(workdir, config, autoencoder_id, len(source))
 
   # The state: shapes → shardings → jitted init.
   init = functools.partial(state_lib.init_state, model, optimizer, config.seed)
   shapes = jax.eval_shape(init)
   shardings = sharding.state_shardings(shapes, config.sharding, mesh)
-  log.info("model\n%s", clu.parameter_overview.get_parameter_overview(shapes.params, include_stats=False))
-  log.info("sharding, and memory on one device\n%s", sharding.table(shapes.params, shardings.params))
-  _log_devices(config, mesh)
-  return _Run(
-    source, model, codec, autoencoder_id, optimizer, mesh, batch_sharding, init=init, shapes=shapes, shardings=shardings
-  )
+  return _Layout(model, optimizer, mesh, batch_sharding, init=init, shapes=shapes, shardings=shardings)
+
+
+def _set_up(config: ml_collections.ConfigDict, workdir: str, codec: Codec | None) -> _Run:
+  """Opens the data and makes everything that writes nothing; refuses what does not fit."""
+  layout = _lay_out(config)
+  source = sources.open_source(config.data.source, {**config.data.options})
+  is_encoded = codec is not None and source.autoencoder_id is None
+  autoencoder_id = codec.autoencoder_id if is_encoded else source.autoencoder_id
+  if codec:
+    check_same_autoencoder(f"data.source {config.data.source!r}", autoencoder_id, codec.autoencoder_id)
+  codec = codec if is_encoded else None
+  validation.check_fits(config, layout.model, source, codec, autoencoder_id)
+  validation.check_same_run(workdir, config, autoencoder_id, len(source), source.class_names)
+  overview = clu.parameter_overview.get_parameter_overview(layout.shapes.params, include_stats=False)
+  log.info("model\n%s", overview)
+  log.info("sharding, and memory on one device\n%s", sharding.table(layout.shapes.params, layout.shardings.params))
+  _log_devices(config, layout.mesh)
+  return _Run(**vars(layout), source=source, codec=codec, autoencoder_id=autoencoder_id)
 
 
 def _log_devices(config: ml_collections.ConfigDict, mesh: Mesh):
@@ -168,27 +198,38 @@ def _log_devices(config: ml_collections.ConfigDict, mesh: Mesh):
 
 
 def _load_init_params(path: str | None, workdir: str, run: _Run) -> Any:
-  """The averaged weights of another model, if they have this model's shapes; None for a run that resumes.
+  """The averaged weights of another model; None for a run that resumes.
+
+  A model with other classes gives all but the label table: of that, the null class, and the run initializes the others.
 
   Raises:
-    ValueError: naming the parameter, if they do not.
+    ValueError: naming the attributes in which the models differ, and a parameter, if they do not fit otherwise.
   """
   if path is None or checkpoint_manager.steps(workdir):
     return None
-  loaded = pretrained.load(path, weights="ema")
+  # A file of another program need not have the number of heads.
+  loaded = pretrained.load(path, "ema", **({"num_heads": run.model.num_heads} if pretrained.foreign_file(path) else {}))
   distributed.check_same(f"the step that is loaded from {path}", loaded.step)
-  theirs, ours = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (loaded.params, run.shapes.params))
-  for name in sorted(theirs.keys() | ours.keys(), key=str):
-    their_shape, our_shape = (tree[name].shape if name in tree else "absent" for tree in (theirs, ours))
-    if their_shape != our_shape:
-      raise ValueError(
-        f"train.init_from = {path!r}: its parameter {path_name(name)} is {their_shape}, but {our_shape} in this "
-        "model: the attributes that shape the two networks must be the same"
-      )
+  classes = loaded.model.num_classes
+  difference = first_difference(loaded.model.clone(num_classes=run.model.num_classes), run.model)
+  if difference:
+    words, name, their_shape, our_shape = difference
+    raise ValueError(
+      f"train.init_from = {path!r}: {words} (its parameter {name} is {their_shape}, but {our_shape} in this model): "
+      "the attributes that shape the two networks must be the same, but for num_classes"
+    )
   if run.model.energy == "l2" and not any(np.any(leaf) for leaf in jax.tree.leaves(loaded.params["final_out"])):
     raise ValueError(f"train.init_from = {path!r} has an output layer of zeros, {validation.NO_GRADIENT}")
   log.info("started from the weights of %s", path)
-  return loaded.params
+  if classes == run.model.num_classes:
+    return loaded.params
+  log.warning(
+    "%s has %d classes, this model %d: everything but the label table is taken from it, and the row of the null class",
+    path, classes, run.model.num_classes,
+  )  # fmt: skip
+  label_table = np.array(jax.jit(lambda: run.init().params["label_embed"]["embedding"])())
+  label_table[-1] = loaded.params["label_embed"]["embedding"][-1]
+  return {**loaded.params, "label_embed": {"embedding": label_table}}
 
 
 def _open_batches(config: ml_collections.ConfigDict, run: _Run) -> grain.DatasetIterator:
@@ -212,10 +253,12 @@ def _write_config(config: ml_collections.ConfigDict, workdir: str, run: _Run):
   """Writes the resolved config, the version that wrote it, and what identifies the data."""
   resolved = json.loads(config.to_json()) | {validation.VERSION: eqm_jax.__version__}
   resolved["data"]["num_samples"] = len(run.source)
+  resolved["data"]["class_names"] = run.source.class_names
   if run.autoencoder_id:
     resolved["autoencoder"] |= {name: run.autoencoder_id[name] for name in ("name", "sha256")}
   if jax.process_index() == 0:
     write_json(os.path.join(workdir, pretrained.CONFIG), resolved)
+  run_page.write_environment(workdir, run.mesh)
 
 
 def _restore_or_init(
@@ -255,6 +298,7 @@ def _open_logger(
     loss_scale=metric_logger.loss_scale(config.objective),
     skipped_batches=int(state_lib.skipped_batches(state.opt_state)) if skips else 0,
     newest_checkpoint=checkpoints.latest_step,
+    wandb_run=wandb_run.WandbRun(config, workdir),
   )
 
 

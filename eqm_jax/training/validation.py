@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -20,7 +20,7 @@ VERSION = "eqm_jax_version"  # in config.json; the first release wrote none
 FIRST_VERSION = "0.1.0"
 
 # What may differ between a run and its continuation: it does not affect the parameters (any more), or is checked
-# elsewhere: the length of the data set, and the autoencoder of the latents.
+# elsewhere: the length of the data set, its classes, and the autoencoder of the latents.
 FREE = (
   "autoencoder.batch_size.",
   "autoencoder.name.",
@@ -28,6 +28,7 @@ FREE = (
   "autoencoder.sha256.",
   "benchmark.",
   "checkpoint.",
+  "data.class_names.",
   "data.num_samples.",
   "data.options.path.",
   "data.options.verify.",
@@ -47,14 +48,30 @@ FREE = (
   "train.init_from.",
   "train.log_every.",
   "train.profile.",
+  "train.wandb_project.",
 )
 # Keys of a saved config that a config of the same version may lack.
-OPTIONAL = ("data.num_samples.", "data.options.", "prepare.", "report.", "samplers.")
+OPTIONAL = ("data.class_names.", "data.num_samples.", "data.options.", "prepare.", "report.", "samplers.")
 
 NO_GRADIENT = (
   "where the energy ½‖f‖² has no gradient in any parameter. Start from a trained implicit model "
   "(model.energy = 'none', otherwise the same) with train.init_from = its workdir"
 )
+
+
+def check_config(config: ml_collections.ConfigDict, model: DiT):
+  """Refuses settings that no data fits.
+
+  Raises:
+    ValueError: naming the key and the value.
+  """
+  _check_objective(config, model)
+  in_interval("optimizer.ema_decay", config.optimizer.ema_decay, 0, 1, open_high=True)
+  for name in ("train.steps", "train.batch_size", "train.grad_accum_steps", "train.log_every"):
+    at_least(name, config.train[name.removeprefix("train.")], 1)
+  at_least("checkpoint.every", config.checkpoint.every, 1)
+  at_least("checkpoint.keep", config.checkpoint.keep, 1)
+  at_least("data.threads", config.data.threads, 1)
 
 
 def check_fits(
@@ -64,7 +81,7 @@ def check_fits(
   codec: Codec | None,
   autoencoder_id: dict[str, Any] | None,
 ):
-  """Refuses, before anything is compiled, a config whose parts do not fit each other or the data.
+  """Refuses, before anything is compiled, data that does not fit the config.
 
   Args:
     config: the whole config.
@@ -93,16 +110,16 @@ def check_fits(
     )
   if source.num_classes != model.num_classes:
     raise ValueError(
-      f"model.num_classes = {model.num_classes}, but {config.data.source!r} has {source.num_classes} classes: "
-      "they must be the same"
+      f"model.num_classes = {model.num_classes}, but {config.data.source!r} has {source.num_classes} classes"
+      f"{_named(source.class_names)}: they must be the same"
     )
-  _check_objective(config, model)
-  in_interval("optimizer.ema_decay", config.optimizer.ema_decay, 0, 1, open_high=True)
-  for name in ("train.steps", "train.batch_size", "train.grad_accum_steps", "train.log_every"):
-    at_least(name, config.train[name.removeprefix("train.")], 1)
-  at_least("checkpoint.every", config.checkpoint.every, 1)
-  at_least("checkpoint.keep", config.checkpoint.keep, 1)
-  at_least("data.threads", config.data.threads, 1)
+
+
+def _named(names: Sequence[str] | None, count: int = 5) -> str:
+  """The first names of a list, in brackets."""
+  if not names:
+    return ""
+  return f" ({', '.join(names[:count])}{', …' if len(names) > count else ''})"
 
 
 def _check_objective(config: ml_collections.ConfigDict, model: DiT):
@@ -139,8 +156,37 @@ def check_same_run(
   config: ml_collections.ConfigDict,
   autoencoder_id: dict[str, Any] | None = None,
   num_samples: int | None = None,
+  class_names: Sequence[str] | None = None,
 ):
-  """Refuses a workdir whose checkpoints were trained with another config, autoencoder, or length of the data set.
+  """Refuses a workdir whose checkpoints were trained with another config, autoencoder, number of samples, or classes.
+
+  Raises:
+    ValueError: naming what differs; for a config of an older version, its version.
+  """
+  saved = check_same_config(workdir, config)
+  if saved is None:
+    return
+  check_same_autoencoder(workdir, pretrained.recorded_autoencoder(saved), autoencoder_id)
+  saved_samples = saved["data"].get("num_samples", num_samples)
+  if num_samples is not None and saved_samples != num_samples:
+    raise ValueError(
+      f"{workdir} was trained on {saved_samples} samples, but the data set has {num_samples}. Choose another --workdir"
+    )
+  _check_classes(workdir, pretrained.recorded_class_names(saved), class_names)
+
+
+def _check_classes(workdir: str, saved: Sequence[str] | None, current: Sequence[str] | None):
+  """Refuses classes that were renamed: in the order of the new names, labels may mean others."""
+  for label, (before, now) in enumerate(zip(saved or (), current or ())):
+    if before != now:
+      raise ValueError(
+        f"{workdir} was trained with label {label} for the class {before!r}, but in the data set it is {now!r}. Give "
+        "the classes their names again, or choose another --workdir"
+      )
+
+
+def check_same_config(workdir: str, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
+  """The config of the checkpoints in a workdir, which must be this one; None if there are none.
 
   A key that the saved config lacks is new, with a default that changes nothing.
 
@@ -149,12 +195,11 @@ def check_same_run(
   """
   path = os.path.join(workdir, pretrained.CONFIG)
   if not (os.path.exists(path) and checkpoint_manager.steps(workdir)):
-    return
+    return None
   saved, current = read_json(path), json.loads(config.to_json())
   _check_version(path, saved, current)
   # What encodes in each step makes the data; with a cache it only decodes samples.
   free = (*FREE, "autoencoder.dtype.") if config.data.source == "latents" else FREE
-  check_same_autoencoder(workdir, pretrained.recorded_autoencoder(saved), autoencoder_id)
   differing = [
     f"{name}: {before!r} in the workdir, {now!r} in this config"
     for name, before, now in differences(saved, current)
@@ -162,11 +207,7 @@ def check_same_run(
   ]
   if differing:
     raise ValueError(f"{workdir} holds a run with another config: {'; '.join(differing)}. Choose another --workdir")
-  saved_samples = saved["data"].get("num_samples", num_samples)
-  if num_samples is not None and saved_samples != num_samples:
-    raise ValueError(
-      f"{workdir} was trained on {saved_samples} samples, but the data set has {num_samples}. Choose another --workdir"
-    )
+  return saved
 
 
 def _check_version(path: str, saved: dict[str, Any], current: dict[str, Any]):

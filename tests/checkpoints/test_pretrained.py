@@ -1,8 +1,10 @@
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +50,11 @@ def test_orbax_alone_reads_the_parameters(exported, params):
   assert finished.stdout.split("\n")[0] == "(4, 16) False"
 
 
-def test_relative_paths_are_saved_and_restored(params, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  eqm_jax.save_pretrained("model", MODEL, params)
-  restored = ocp.StandardCheckpointer().restore(pathlib.Path("model").absolute() / "params")
-  jax.tree.map(np.testing.assert_array_equal, restored, params)
-  jax.tree.map(np.testing.assert_array_equal, eqm_jax.load("model").params, params)
+def test_names_of_classes_are_kept(params, tmp_path):
+  eqm_jax.save_pretrained(tmp_path / "named", MODEL, params, class_names=("a", "b", "Zoë"))
+  assert eqm_jax.load(tmp_path / "named").class_names == ("a", "b", "Zoë")
+  eqm_jax.save_pretrained(tmp_path / "plain", MODEL, params)
+  assert eqm_jax.load(tmp_path / "plain").class_names is None
 
 
 def test_overrides_change_how_the_model_computes(exported):
@@ -61,7 +62,7 @@ def test_overrides_change_how_the_model_computes(exported):
 
 
 def test_a_checkpoint_of_another_shape_is_refused(exported):
-  with pytest.raises(ValueError, match=r"blocks/.* has shape \(2, .*expects \(3, "):
+  with pytest.raises(ValueError, match=r"depth is 2 in the file, but 3 is .*blocks/.* has shape \(2, .*expects \(3, "):
     eqm_jax.load(exported, depth=3)
 
 
@@ -88,13 +89,14 @@ def test_a_workdir_without_checkpoints_is_refused(exported):
     eqm_jax.load(exported)
 
 
-def test_relative_paths_are_saved_and_loaded(tmp_path, params, monkeypatch):
+@pytest.mark.parametrize("path", ["model", "~/model"])
+def test_relative_paths_are_saved_and_loaded(tmp_path, params, monkeypatch, path):
   """With the example of `save_pretrained`'s docstring."""
   monkeypatch.chdir(tmp_path)
-  path = "model"
+  monkeypatch.setenv("HOME", str(tmp_path))
   eqm_jax.save_pretrained(path, MODEL, params)
   jax.tree.map(np.testing.assert_array_equal, eqm_jax.load(path).params, params)
-  restored = ocp.StandardCheckpointer().restore(pathlib.Path(path).absolute() / "params")
+  restored = ocp.StandardCheckpointer().restore(pathlib.Path("model").absolute() / "params")
   jax.tree.map(np.testing.assert_array_equal, restored, params)
 
 
@@ -107,3 +109,36 @@ def test_a_loaded_model_gives_its_field_and_energy(exported, params):
   energy_fn = eqm_jax.energy(MODEL, params, labels, "l2")
   np.testing.assert_array_equal(loaded.energy(labels, "l2")(x), energy_fn(x))
   assert "21 arrays" in repr(loaded) and len(repr(loaded)) < 200
+
+
+def test_weights_of_another_program_in_a_directory_are_found(tmp_path, params):
+  eqm_jax.export_reference(tmp_path / "model.safetensors", MODEL, params)
+  (tmp_path / "config.json").write_text('{"architectures": ["EqM"]}')
+  jax.tree.map(np.testing.assert_array_equal, eqm_jax.load(tmp_path).params, params)
+
+
+def test_a_directory_of_this_package_is_read_whatever_else_is_in_it(exported, params):
+  eqm_jax.export_reference(exported / "model.safetensors", MODEL, jax.tree.map(jnp.zeros_like, params))
+  jax.tree.map(np.testing.assert_array_equal, eqm_jax.load(exported).params, params)
+
+
+def test_a_model_is_loaded_from_a_disk_that_cannot_be_written(params):
+  with tempfile.TemporaryDirectory() as directory:  # where another user may look, unlike tmp_path
+    os.chmod(directory, 0o755)
+    eqm_jax.save_pretrained(os.path.join(directory, "model"), MODEL, params)
+    eqm_jax.load(os.path.join(directory, "model"))  # imports what it needs
+    for path in (directory, *map(str, pathlib.Path(directory).rglob("*"))):
+      os.chmod(path, 0o555 if os.path.isdir(path) else 0o444)
+    user = os.geteuid()
+    if user == 0:  # root may write anywhere
+      os.seteuid(65534)
+    try:
+      with pytest.raises(PermissionError):
+        open(os.path.join(directory, "model", "new"), "w")
+      loaded = eqm_jax.load(os.path.join(directory, "model"))
+    finally:
+      os.seteuid(user)
+      os.chmod(directory, 0o755)
+      for path in pathlib.Path(directory).rglob("*"):
+        path.chmod(0o755)
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, params)

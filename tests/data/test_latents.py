@@ -10,7 +10,7 @@ import pytest
 from conftest import run_python
 
 from eqm_jax.data import encode_latents, latents
-from eqm_jax.data.images import DamagedImage
+from eqm_jax.data.images import DamagedImage, LargeImage
 from eqm_jax.data.samples import Images
 
 SCALE = 0.5
@@ -84,6 +84,19 @@ def test_encoded_images_are_read_as_a_scaled_distribution(tmp_path, dtype):
   assert {file.name for file in (tmp_path / "cache").iterdir()} == {latents.MANIFEST} | {
     f"latents-{shard:05d}-of-00004.array_record" for shard in range(4)
   }
+
+
+def test_names_of_the_classes_are_kept_beside_the_settings(tmp_path):
+  """Caches without them are read as before."""
+  settings = write_cache(tmp_path / "old")
+  encode_latents.write(str(tmp_path / "new"), numbered(), encode, settings, **WRITE)
+  encode_latents.finish(str(tmp_path / "new"), settings, class_names=("a", "b", "c", "d", "Zoë"))
+  assert latents.Latents(str(tmp_path / "new")).class_names == ["a", "b", "c", "d", "Zoë"]
+  assert latents.Latents(str(tmp_path / "old")).class_names is None
+  manifest = json.loads((tmp_path / "old" / latents.MANIFEST).read_text())
+  del manifest["class_names"]
+  (tmp_path / "old" / latents.MANIFEST).write_text(json.dumps(manifest))
+  assert latents.Latents(str(tmp_path / "old")).class_names is None
 
 
 def test_processes_share_the_shards_and_make_the_same_cache(tmp_path):
@@ -174,10 +187,17 @@ def test_a_damaged_image_is_an_error_with_its_name_or_is_left_out_and_counted(tm
   np.testing.assert_allclose([read[i]["mean"][0, 0, 0, 0] * 32 for i in range(9)], np.delete(np.arange(10), 7))
 
 
-@pytest.mark.parametrize("error", [OSError("cat.jpg: the network disk is gone"), RuntimeError("memory is gone")])
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError("cat.jpg: the network disk is gone"),
+    RuntimeError("memory is gone"),
+    LargeImage("cat.jpg: too large, but not damaged"),
+  ],
+)
 def test_other_errors_are_no_damaged_images(tmp_path, error):
   source = Failing(numbered(), 7, error)
-  with pytest.raises(type(error), match="is gone"):
+  with pytest.raises(type(error), match=str(error)):
     encode_latents.write(str(tmp_path), source, encode, settings_of(numbered()), **WRITE, skip_damaged=True)
 
 

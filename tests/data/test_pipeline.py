@@ -1,8 +1,14 @@
 import collections
 import json
+import os
+import pathlib
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
+from conftest import start_python
 from test_latents import write_cache
 
 from eqm_jax.data import latents, pipeline, samples
@@ -169,3 +175,110 @@ def test_workers_read_the_same_batches_and_continue_from_their_position():
   np.testing.assert_array_equal(labels(again, 6), rest)
   seen = np.concatenate([first, rest]).reshape(-1)
   assert sorted(seen[:10]) == list(range(10))
+
+
+class Reading(OneByOne):
+  """The images of another source, each after a call of `before`."""
+
+  def __init__(self, source: samples.Images, before):
+    super().__init__(source)
+    self._before = before
+
+  def __getitem__(self, index: int):
+    self._before()
+    return super().__getitem__(index)
+
+
+def threads() -> set[str]:
+  return {thread.name for thread in threading.enumerate() if thread.name.startswith(("grain", "closing"))}
+
+
+def wait_until(condition):
+  begin = time.monotonic()
+  while not condition():
+    assert time.monotonic() - begin < 60
+    time.sleep(0.01)
+
+
+def test_a_closed_stream_leaves_no_thread():
+  before = threads()
+  stream = pipeline.batches(numbered(10), **OPTIONS, place=lambda batch: batch)
+  next(stream)
+  assert threads() - before
+  pipeline.close(stream)
+  pipeline.close(stream)
+  wait_until(lambda: not threads() - before)
+
+
+def test_a_sample_that_takes_long_does_not_delay_the_end(monkeypatch, caplog):
+  monkeypatch.setattr(pipeline, "CLOSE_SECONDS", 0.05)
+  go_on, stuck = threading.Event(), threading.Event()
+  go_on.set()
+
+  def read():
+    if not go_on.is_set():
+      stuck.set()
+    go_on.wait()
+
+  stream = pipeline.batches(Reading(numbered(10), read), **OPTIONS, place=lambda batch: batch)
+  next(stream)
+  go_on.clear()
+  for _ in range(20):  # until the batches that were read ahead are taken
+    if stuck.wait(0.05):
+      break
+    next(stream)
+  pipeline.close(stream)
+  assert "still reading a sample" in caplog.text
+  go_on.set()
+  wait_until(lambda: "closing" not in threads())
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), SystemExit(3), KeyboardInterrupt()])
+def test_whatever_a_data_set_raises_arrives(error):
+  """Grain's threads pass exceptions on, but end silently with what is none, and the run would wait for ever."""
+
+  def read():
+    raise error
+
+  stream = pipeline.batches(Reading(numbered(10), read), **OPTIONS, place=lambda batch: batch)
+  with pytest.raises((OSError, RuntimeError), match="gone|SystemExit: 3|KeyboardInterrupt"):
+    next(stream)
+  pipeline.close(stream)
+
+
+# Prints the processes that read, and goes on until it is killed.
+READS = """
+import multiprocessing, sys, time
+import numpy as np
+from eqm_jax.data import pipeline, samples
+if __name__ == "__main__":
+  source = samples.Images(np.zeros((10, 2, 2, 1), np.float32), np.zeros(10, int), num_classes=1)
+  stream = pipeline.batches(source, batch_size=4, seed=0, flip=True, threads=1, workers=2)
+  for _ in range(4):  # of both
+    next(stream)
+  print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+  while True:
+    next(stream)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_read_ignore_signals_and_end_with_the_one_they_read_for(tmp_path):
+  (tmp_path / "reads.py").write_text(READS)
+  (reading,) = start_python(tmp_path / "reads.py")
+  workers = [int(word) for word in reading.stdout.readline().split()]
+  assert len(workers) == 2
+  for number in (signal.SIGTERM, signal.SIGINT):
+    for worker in workers:
+      os.kill(worker, number)
+  time.sleep(0.5)
+  assert all(is_alive(worker) for worker in workers) and reading.poll() is None
+  reading.kill()
+  wait_until(lambda: not any(is_alive(worker) for worker in workers))
+
+
+def is_alive(process_id: int) -> bool:
+  try:
+    return pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except FileNotFoundError:
+    return False

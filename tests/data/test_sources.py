@@ -15,6 +15,12 @@ def test_digits_are_all_there_in_minus_one_to_one():
 
 
 @pytest.mark.slow
+def test_classes_have_names():
+  assert sources.open_source("digits", {}).class_names == tuple("0123456789")
+  assert sources.open_source("photographs", {"stride": 60}).class_names == ("temple", "flower")
+  assert sources.open_source("plane", {"kind": "two_moons", "count": 9}).class_names is None
+
+
 def test_mnist_is_averaged_and_mixed():
   small, full = (sources.open_source("mnist", {"size": size}) for size in (14, 28))
   assert small.images.shape == (5000, 14, 14, 1) and full.images.shape == (5000, 28, 28, 1)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from eqm_jax.equilibrium import sampler
+from eqm_jax.equilibrium import sampler, update_rules
 from eqm_jax.equilibrium.sampler import Status, descend
 
 X0 = jnp.asarray([[4.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
@@ -75,6 +75,23 @@ def test_optax_state_belongs_to_each_sample():
     alone = descend(bowl, X0[i : i + 1], step_size=1.0, rule=rule, max_nfe=200, threshold=1.0)
     np.testing.assert_allclose(alone.x[0], together.x[i], atol=1e-6)
   assert together.status.tolist() == [Status.CONVERGED] * 3
+
+
+def test_a_rule_of_the_caller_has_its_own_state_and_momentum():
+  heavy_ball = update_rules.UpdateRule(
+    init=jnp.zeros_like,
+    lookahead=lambda x, v, settings: x,
+    update=lambda x, f, v, step_size, settings, key: (
+      x + settings.momentum * v - step_size * f,
+      settings.momentum * v - step_size * f,
+    ),
+  )
+  x, v = X0, jnp.zeros_like(X0)
+  for _ in range(6):
+    v = 0.4 * v - 0.02 * bowl(x)
+    x = x + v
+  result = descend(bowl, X0, step_size=0.02, momentum=0.4, rule=heavy_ball, max_nfe=6)
+  np.testing.assert_allclose(result.x, x, rtol=1e-5)
 
 
 def test_classical_nesterov_accumulates_its_velocity():
@@ -215,7 +232,7 @@ def test_start_noise_depends_on_key_and_index_alone():
     (dict(rule="nesterov"), "momentum = 0 makes rule 'nesterov'"),
     (dict(momentum=0.3, rule="gd"), "rule 'gd' takes none"),
     (dict(rule="sgd"), "'sgd' is not known"),
-    (dict(rule=0.1), "neither a name nor an optax"),
+    (dict(rule=0.1), "neither a name, an UpdateRule nor an optax"),
     (dict(rule=optax.lbfgs()), "such as the value of a loss"),
     (dict(rule="langevin", temperature=0.1), "key="),
     (dict(rule="langevin", temperature=-0.1, key=jax.random.key(0)), "temperature = -0.1"),
@@ -235,3 +252,42 @@ def test_start_noise_depends_on_key_and_index_alone():
 def test_bad_input_is_refused(arguments, text):
   with pytest.raises(ValueError, match=text):
     descend(bowl, **{"x0": X0, "step_size": 0.1, "max_nfe": 3, **arguments})
+
+
+def test_progress_counts_network_calls_and_compiles_once_for_all_functions():
+  before = sampler._descend._cache_size()
+  options = dict(step_size=0.02, max_nfe=250)
+  field_fn = jax.tree_util.Partial(bowl)
+  for _ in range(2):
+    reports = []
+    counted = descend(field_fn, X0, **options, progress=reports.append)
+    assert sum(reports) == 250 and 100 <= len(reports) <= 126
+  assert sampler._descend._cache_size() == before + 1
+  np.testing.assert_array_equal(counted.x, descend(field_fn, X0, **options).x)
+
+  reports = []
+  stopped = descend(bowl, X0, **options, threshold=1.0, progress=reports.append)
+  assert sum(reports) == stopped.nfe.max() < 250
+
+
+def test_progress_is_reported_by_a_compiled_program_too():
+  reports = []
+  run = jax.jit(lambda x: descend(bowl, x, step_size=0.02, max_nfe=30, progress=reports.append).x)
+  for count in (1, 2):
+    jax.block_until_ready(run(X0))
+    jax.effects_barrier()
+    assert sum(reports) == 30 * count
+
+
+def test_without_progress_a_descent_calls_nothing_on_the_host():
+  jaxpr = str(jax.make_jaxpr(lambda x: descend(bowl, x, step_size=0.02, max_nfe=30).x)(X0))
+  assert "callback" not in jaxpr and "while" in jaxpr
+
+
+def test_an_error_of_a_progress_function_is_raised():
+  def refuse(count):
+    raise KeyError("no")
+
+  with pytest.raises(RuntimeError, match="KeyError"):
+    descend(bowl, X0, step_size=0.02, max_nfe=30, progress=refuse)
+  assert descend(bowl, X0, step_size=0.02, max_nfe=30).nfe.tolist() == [30] * 3

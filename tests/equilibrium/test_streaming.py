@@ -143,9 +143,10 @@ field = jax.tree_util.Partial(lambda weight, x, label: weight * bowls(x, label),
 with jax.enable_x64(True):
   out = {}
   for slots in (8, 16):
+    reports = []
     r = descend_stream(field, LABELS[:117], KEY, shape=(5,), slots=slots, rule="langevin", temperature=1e-3,
-                       mesh=mesh, dtype=jnp.float64, **OPTIONS)
-    out[slots] = [r.x.tolist(), r.nfe.tolist(), int(r.executed_nfe)]
+                       mesh=mesh, dtype=jnp.float64, **OPTIONS, progress=reports.append)
+    out[slots] = [r.x.tolist(), r.nfe.tolist(), int(r.executed_nfe), sum(reports)]
 out["devices"] = jax.device_count()
 options = dict(shape=(5,), slots=8, mesh=mesh, rule="gd", **OPTIONS)
 loops = str(jax.make_jaxpr(lambda labels: descend_stream(field, labels, KEY, **options))(LABELS))
@@ -169,7 +170,14 @@ def test_every_device_runs_a_queue_of_its_own_and_the_samples_are_the_same():
       bowls, LABELS[:117], KEY, shape=(5,), slots=10, rule="langevin", temperature=1e-3, dtype=jnp.float64, **OPTIONS
     )
   for slots in ("8", "16"):
-    x, nfe, executed_nfe = output[slots]
+    x, nfe, executed_nfe, reported = output[slots]
+    assert reported == 117
     np.testing.assert_allclose(x, one.x, rtol=0, atol=1e-10)
     np.testing.assert_array_equal(nfe, one.nfe)
     assert executed_nfe < 1.6 * sum(nfe)
+
+
+def test_progress_counts_samples_that_are_done():
+  reports = []
+  result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=9, **OPTIONS, progress=reports.append)
+  assert sum(reports) == len(result.nfe) == N and len(reports) > 10

@@ -99,7 +99,8 @@ def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, gene
 
 
 def test_the_report_tells_all_that_a_number_depends_on(tiny_config, generator, tmp_path):
-  tiny_config.evaluation.update(samplers=("adaptive",), labels="random", seed=3, save_npz=True, chunk_size=7)
+  tiny_config.evaluation.update(samplers=("adaptive",), labels="random", seed=3, chunk_size=7)
+  tiny_config.evaluation.update(save_npz=True, plot_sampler=None)
   report = run(tiny_config, generator, tmp_path)
   assert report["labels"] == "random" and report["seed"] == 3 and report["samples"] == 20
   assert report["weights"]["kind"] == "ema" and report["weights"]["checkpoint"] == "of a test"
@@ -121,6 +122,19 @@ def test_the_report_tells_all_that_a_number_depends_on(tiny_config, generator, t
     difference = np.abs(arrays["arr_0"].astype(int) - plotting.to_uint8(x))
     assert difference.max() <= 1 and np.mean(difference > 0) < 0.01  # rounding, where the batches differ
   assert not (tmp_path / "chunks").exists(), "a finished evaluation leaves no chunks behind"
+
+
+@pytest.mark.parametrize("count, chunk_size", [(2, 5), (3, 2), (11, 5)])
+def test_few_samples_are_evaluated_in_chunks_and_batches_that_do_not_divide_them(
+  tiny_config, generator, tmp_path, count, chunk_size
+):
+  tiny_config.samplers.gd.max_nfe = 1
+  tiny_config.evaluation.update(num_samples=count, chunk_size=chunk_size, samplers=("gd",), plot_sampler=None)
+  row = run(tiny_config, generator, tmp_path)["rows"]["gd"]
+  found = row["metrics"]["raw"]
+  assert found["frechet"] > 0 and (found["frechet_error"] is None) == (count < 4) and ("recall" in found) == (count > 3)
+  assert row["nfe"]["mean"] == 1 and row["status"]["budget"] == count
+  assert (tmp_path / "evaluation.md").read_text().count("–") >= (count < 4) and (tmp_path / "samples_gd.png").exists()
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tiny_config, generator, tmp_path, monkeypatch):
@@ -184,6 +198,12 @@ def test_a_damaged_chunk_is_named(tiny_config, generator, tmp_path):
   file.write_bytes(file.read_bytes()[:100])
   with pytest.raises(ValueError, match="000001.npz: damaged .* Remove the file"):
     reference.metrics(store)
+  first = sorted(tmp_path.rglob("*.npz"))[0]
+  whole = first.read_bytes()
+  first.write_bytes(whole[:100])
+  with pytest.raises(ValueError, match="000000.npz: damaged .* Remove the file"):
+    store.names()
+  first.write_bytes(whole)
   file.unlink()
   store = reference.sample("gd", tiny_config.samplers.gd, labels, generator, str(tmp_path))
   assert reference.metrics(store)["raw"]["frechet"] > 0
@@ -214,6 +234,7 @@ def test_repeats_take_turns_and_integrators_have_rows(tiny_config, generator, tm
     (lambda c: c.samplers.adaptive.update(rule="heun"), "'adaptive' must descend, but integrates"),
     (lambda c: c.evaluation.update(num_samples=1), "samples = 1"),
     (lambda c: c.evaluation.update(chunk_size=0), "chunk_size = 0"),
+    (lambda c: c.evaluation.update(batch_size=0), "evaluation.batch_size = 0"),
     (lambda c: c.evaluation.update(num_samples=None), "num_samples = None must be at least 2"),
     (lambda c: c.evaluation.update(labels="some"), "evaluation.labels = 'some': 'some' is neither a label nor a range"),
     (lambda c: c.evaluation.update(labels="11"), r"evaluation.labels = '11': labels span 11\.\.11"),

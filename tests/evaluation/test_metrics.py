@@ -43,6 +43,49 @@ def test_frechet_agrees_with_the_matrix_square_root():
   np.testing.assert_allclose(frechet_distance(a[:, :1], a[:, :1] + 2), 4.0)
 
 
+def few(count: int, size: int, copies: int = 1, scale: float = 1.0) -> np.ndarray:
+  return np.tile(scale * np.random.default_rng(count).normal(size=(count, size)) + 1, (copies, 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  "count, size, copies", [(2, 3, 1), (2, 300, 1), (3, 300, 5), (11, 300, 1), (11, 3, 4), (40, 64, 1)]
+)
+@pytest.mark.parametrize("scale", [1, 300])
+def test_a_set_is_at_no_distance_from_itself(count, size, copies, scale):
+  """However few rows it has, and copies of them: its covariance has no full rank."""
+  features = few(count, size, copies, scale)
+  assert 0 <= frechet_distance(features, features) < 1e-6
+  if len(features) > 3:
+    assert precision_recall(features, features) == (1, 1)
+
+
+def test_copies_are_where_the_original_is():
+  """Radii of zero: a set of copies covers itself, and what is elsewhere covers none of it."""
+  copies = np.repeat(np.abs(few(6, 784, scale=10)), 5, axis=0)
+  assert precision_recall(copies, copies) == (1, 1)
+  assert precision_recall(copies[:15], copies) == (1, 0.5)
+  nudged = copies * (1 + 1e-7 * np.random.default_rng(0).choice([-1, 0, 1], copies.shape)).astype(np.float32)
+  assert precision_recall(nudged, copies) == (1, 1), "what another batch rounds otherwise is the same"
+  assert precision_recall(copies + 1, copies) == (0, 0)
+
+
+def test_frechet_of_few_rows_in_closed_form():
+  """Two rows span a line: parallel ones differ in their spread, orthogonal ones share nothing."""
+  a, b = np.zeros((2, 50)), np.zeros((2, 50))
+  a[:, 0], b[:, 0] = (-3, 3), (-1, 1)
+  np.testing.assert_allclose(frechet_distance(a, b), 2 * (3 - 1) ** 2)
+  np.testing.assert_allclose(frechet_distance(a, np.roll(b, 7, axis=1)), 2 * (9 + 1))
+  np.testing.assert_allclose(frechet_distance(a, np.concatenate([a, a]) + 2), 4 * 50 + 18 * (1 - math.sqrt(2 / 3)) ** 2)
+
+
+def test_the_kernel_distance_of_sets_below_the_size_of_a_subset():
+  a, b = few(11, 5), few(11, 5)[::-1] + 1
+  assert kernel_distance(a, b) == kernel_distance(a, b, subsets=1, subset_size=11) and kernel_distance(a, b)[1] == 0
+  assert kernel_distance(a[:2], b)[1] > 0, "subsets of the larger set differ"
+  constant = np.ones((3, 5))
+  assert kernel_distance(constant, constant) == (0, 0)
+
+
 def test_kernel_distance_is_the_unbiased_estimate():
   rng = np.random.default_rng(1)
   a, b = rng.normal(size=(60, 8)), rng.normal(size=(60, 8)) + 0.5
@@ -97,9 +140,14 @@ def test_the_inception_score_counts_classes():
   [
     (np.zeros((1, 3)), np.zeros((5, 3)), r"features_a has shape \(1, 3\)"),
     (np.zeros((5, 3)), np.zeros(5), r"features_b has shape \(5,\)"),
-    (np.zeros((5, 3)), np.zeros((5, 4)), "3 and 4 dimensions"),
+    (
+      np.zeros((5, 3)),
+      np.zeros((5, 4)),
+      r"3 and 4 dimensions cannot be compared \(features_a and features_b\): extract both",
+    ),
     (np.full((5, 3), np.nan), np.zeros((5, 3)), "features_a: 15 of 15 values are not finite"),
     (np.zeros((5, 3)), np.random.default_rng(0).normal(size=(5, 3)), "features_a: all rows are the same.*constant"),
+    (np.tile(np.arange(3.0), (7, 1)), np.eye(3), "features_a: all rows are the same.*copies of one"),
   ],
 )
 def test_bad_features_are_refused(a, b, text):

@@ -40,3 +40,35 @@ def test_metrics_are_those_that_the_features_allow(real):
     "frechet", "frechet_error", "spatial_frechet", "spatial_frechet_error", "inception_score", "inception_score_std"
   }  # fmt: skip
   assert found["frechet"] == found["spatial_frechet"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 11])
+def test_few_samples_have_the_metrics_that_they_allow(count, caplog):
+  """Compared with themselves; what is left out is said."""
+  pool = sample(count, count)
+  itself = ReferenceStatistics({"pool": GaussianStatistics.of(pool).gaussian}, pool, {})
+  found = metrics.compute({"pool": pool, "logits": pool}, itself)
+  assert found["frechet"] < 1e-3 and (found["frechet_error"] is None) == (count < 4)
+  assert np.isfinite(found["kernel_distance"]) and "kernel_distance_std" not in found, "there is one subset"
+  assert (found.get("precision"), found.get("recall")) == ((1, 1) if count > 3 else (None, None))
+  assert ("inception_score" in found) == (count == 11)
+  said = f"{count} samples and {count} real ones: "
+  assert (f"{said}too few for precision and recall, left out; 4 of each are needed" in caplog.text) == (count < 4)
+  score = "the inception score over 10 groups cannot exceed 1.1" if count == 11 else "too few for an inception score"
+  assert said + score in caplog.text
+
+
+def test_one_real_sample_leaves_distances_of_sets_out(real, caplog):
+  one = ReferenceStatistics(real.gaussians, real.features[:1], {})
+  assert set(metrics.compute({"pool": sample(0, 20)}, one)) == {"frechet", "frechet_error"}
+  assert "20 samples and 1 real ones: too few for kernel distance, precision and recall" in caplog.text
+  caplog.clear()
+  metrics.compute({"pool": sample(0, 20)}, real)
+  assert not caplog.text
+
+
+def test_samples_with_copies_have_metrics(real):
+  found = metrics.compute({"pool": np.tile(sample(0, 2), (6, 1))}, real)
+  assert found["frechet"] > 0 and np.isfinite(found["frechet_error"]) and 0 <= found["precision"] <= 1
+  with pytest.raises(ValueError, match="the samples: all rows are the same.*copies of one.*two that differ"):
+    metrics.compute({"pool": np.tile(sample(0, 1), (6, 1))}, real)

@@ -7,10 +7,14 @@ from conftest import load_config
 from eqm_jax import distributed
 from eqm_jax.data import builtin
 from eqm_jax.data.samples import Images
-from eqm_jax.evaluation import features, reference_data
+from eqm_jax.evaluation import features, metrics, reference_data
 from eqm_jax.evaluation.metrics import GaussianStatistics
+from eqm_jax.plotting import to_uint8
 
 SETTINGS = {"name": "inception", "resize": "tf1", "sha256": "0" * 64}
+
+
+ABOUT = json.dumps({"features": SETTINGS})
 
 
 def few_numbers(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -104,7 +108,20 @@ def test_pytorch_fids_file_gives_statistics_only(space, tmp_path):
   [
     (dict(mu=np.ones(5), sigma=np.eye(5)), r"shapes \(5,\) and \(5, 5\), but pool features of inception have 6"),
     (dict(mu=np.ones(6), sigma=np.eye(5)), "pool features of inception have 6 dimensions"),
-    (dict(mu=np.ones(6), sigma=np.full((6, 6), np.nan)), "pool statistics are not finite"),
+    (dict(mu=np.ones(6), sigma=np.full((6, 6), np.nan)), "pool statistics are not finite: compute them again"),
+    (dict(mu=np.ones(6), sigma=-np.eye(6)), "pool statistics have no covariance"),
+    (dict(mu=np.ones(6), sigma=np.triu(np.ones((6, 6)))), "symmetric"),
+    (dict(mu=np.full(6, "1"), sigma=np.eye(6)), "pool statistics are <U1 and float64: give numbers"),
+    (dict(mu=np.array([None] * 6), sigma=np.eye(6)), "array 'mu' holds Python objects"),
+    (dict(mu=np.ones(6)), "holds no statistics .*mu.*--mode=statistics"),
+    (dict(mu=np.ones(6), sigma=np.eye(6), arr_0=np.zeros((3, 8, 8, 1))), r"arr_0 is float64\[3, 8, 8, 1\], but images"),
+    (dict(mu=np.ones(6), sigma=np.eye(6), about="no JSON"), "its record `about` is damaged"),
+    (dict(mu=np.ones(6), sigma=np.eye(6), about="[1]"), "its record `about` is damaged"),
+    (dict(mu=np.ones(6), sigma=np.eye(6), about="{}"), "statistics of None, but the samples' features are"),
+    (
+      dict(mu=np.ones(6), sigma=np.eye(6), about=ABOUT, features=np.ones((3, 5))),
+      r"features of shape \(3, 5\) are not",
+    ),
     (dict(arr_0=np.zeros((3, 8, 8, 3), np.uint8)), r"holds no statistics \(mu and sigma\)"),
     (
       dict(mu=np.ones(6), sigma=np.eye(6), about=json.dumps({"features": {**SETTINGS, "resize": "half_pixel"}})),
@@ -115,7 +132,7 @@ def test_pytorch_fids_file_gives_statistics_only(space, tmp_path):
 def test_statistics_that_do_not_fit_are_refused(space, tmp_path, arrays, text):
   path = tmp_path / "bad.npz"
   np.savez(path, **arrays)
-  with pytest.raises(ValueError, match=f"bad.npz: .*{text}"):
+  with pytest.raises(ValueError, match=f"evaluation.inception.reference: .*bad.npz: .*{text}"):
     reference_data.load(str(path), space)
 
 
@@ -125,7 +142,7 @@ def test_files_that_are_no_statistics_are_named(space, tmp_path):
   whole = tmp_path / "whole.npz"
   np.savez(whole, mu=np.ones(6), sigma=np.eye(6))
   (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:200])
-  with pytest.raises(ValueError, match="cut.npz: not .*npz of statistics"):
+  with pytest.raises(ValueError, match="inception.reference: .*cut.npz: not a complete .npz"):
     reference_data.load(str(tmp_path / "cut.npz"), space)
 
 
@@ -134,14 +151,58 @@ def test_data_that_gives_no_statistics_is_refused(space):
   with pytest.raises(ValueError, match="all rows are the same.*constant"):
     reference_data.compute_statistics(grey, space, True, threads=1)
   one = Images(np.zeros((1, 8, 8, 3), np.float32), np.zeros(1, np.int64), 1)
-  with pytest.raises(ValueError, match="has 1 sample"):
+  with pytest.raises(ValueError, match="has 1 sample, but .* need 2: give data.source more"):
     reference_data.compute_statistics(one, space, True, threads=1)
+
+
+def several(count: int, copies: int = 1) -> Images:
+  images = np.random.default_rng(0).uniform(-1, 1, (count, 8, 8, 3)).astype(np.float32)
+  return Images(np.tile(images, (copies, 1, 1, 1)), np.arange(count * copies) % 2, 2)
+
+
+@pytest.mark.parametrize("count, copies", [(2, 1), (3, 1), (11, 1), (2, 6)])
+def test_few_real_samples_have_statistics_and_are_at_no_distance_from_themselves(space, tmp_path, count, copies):
+  source = several(count, copies)
+  known = reference_data.compute_statistics(source, space, True, threads=1)
+  reference_data.save(str(tmp_path / "few.npz"), known)
+  again = reference_data.load(str(tmp_path / "few.npz"), space)
+  found = metrics.compute(few_numbers(to_uint8(source.images)), again)
+  assert found["frechet"] < 1e-3 and found["spatial_frechet"] < 1e-3
+  assert (found.get("precision"), found.get("recall")) == ((1, 1) if len(source) > 3 else (None, None))
+
+
+def test_a_half_of_copies_is_a_half_too(space):
+  """Nine copies and two others: a half may be all the same, which ended the evaluation."""
+  images = np.concatenate([several(1, 9).images, several(3).images[1:]])
+  known = reference_data.compute_statistics(Images(images, np.zeros(11, int), 1), space, True, threads=1)
+  assert reference_data._between_halves(known)["frechet_between_halves"] > 0
+
+
+@pytest.mark.parametrize(
+  "labels, text",
+  [
+    ([0] * 12, "the data has 12 images of 1 classes: set it to False"),
+    ([0] * 11 + [1], "a single one of class 1: set"),
+    ([0, 1] * 2, "two images of each and four on average; the data has 4 images of 2 classes: set"),
+    ([0, 0, 0, 0, 7, 7, 7, 7], ""),
+  ],
+)
+def test_classifier_accuracy_needs_images_to_hold_out(labels, text):
+  images = np.random.default_rng(0).uniform(-1, 1, (len(labels), 8, 8, 1))
+  if not text:
+    features.PixelClassifier(images, np.asarray(labels))  # classes without an image do no harm
+    return
+  with pytest.raises(ValueError, match=f"evaluation.classifier_accuracy = True: a classifier needs.*{text}"):
+    features.PixelClassifier(images, np.asarray(labels))
 
 
 def test_a_classifier_needs_classes():
   options = load_config("digits").evaluation
   images = np.zeros((8, 8, 8, 1), np.float32)
-  with pytest.raises(ValueError, match="two classes and two images of each; the data has 8 images of 1 classes"):
+  with pytest.raises(
+    ValueError,
+    match="two classes, two images of each and four on average; the data has 8 images of 1 classes: name 'raw'",
+  ):
     features.open_features("classifier", options, (images, np.zeros(8, int), 1), True)
 
 

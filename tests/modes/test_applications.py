@@ -11,9 +11,10 @@ from conftest import load_config
 from PIL import Image
 
 import eqm_jax
-from eqm_jax import modes
+from eqm_jax import modes, plotting
 from eqm_jax.data import builtin, samples
 from eqm_jax.evaluation import outliers
+from eqm_jax.modes import compose, inpaint
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training.state import stream_key
 
@@ -179,7 +180,7 @@ BAD = {
   ],
   "inpaint": [
     ({"inpaint.mask": "middle"}, "'middle' is unknown: give left, right"),
-    ({"inpaint.mask": "/nowhere.npy"}, "/nowhere.npy: not a whole .npy"),
+    ({"inpaint.mask": "/nowhere.npy"}, "tasks.inpaint.mask: /nowhere.npy: no such .npz or .npy"),
     ({"inpaint.gamma": -1.0}, "gamma = -1"),
     ({"images": "/nowhere"}, "/nowhere: no such folder"),
     ({"labels": "cat"}, "tasks.labels = 'cat'"),
@@ -223,6 +224,45 @@ def test_a_folder_sorted_by_class_is_seen_as_a_whole(run, config, mode, sorted_f
     assert np.load(tmp_path / "inpaint" / "inpainted.npz")["label"].tolist() == list(range(10))
   if mode == "compose":
     assert len(json.loads((tmp_path / "compose" / "compose.json").read_text())["classified_as"]) == 10
+
+
+@pytest.mark.slow
+def test_classes_of_a_folder_are_named_beside_their_labels(tiny_config, tmp_path, caplog):
+  """Label 1 is the folder "10": in the log, the workdir, the pages and the pictures."""
+  for name in ("1", "2", "10", ".ipynb_checkpoints"):
+    (tmp_path / "images" / name).mkdir(parents=True)
+    for i in range(8):
+      pixels = np.full((8, 8), 16 * i, np.uint8)
+      Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+  config, workdir = tiny_config, tmp_path / "run"
+  config.data.source = "folder"
+  config.data.options = ml_collections.ConfigDict({"path": str(tmp_path / "images"), "size": 8, "channels": 1})
+  config.evaluation.num_samples = None
+  caplog.set_level("INFO", "eqm_jax")
+  with pytest.raises(ValueError, match=r"num_classes = 10, but 'folder' has 3 classes \(1, 10, 2\): they must be the"):
+    modes.run("train", config, str(workdir))
+  config.model.num_classes = 3
+  config.train.steps = 4
+  config.evaluation.update(num_samples=6, classifier_accuracy=False)
+  config.sample.update(num_samples=6, batch_size=2)
+  config.tasks.update(num_images=6, batch_size=2)
+  config.tasks.compose.labels = (0, 1)
+  for mode in ("train", "sample", "compose"):
+    modes.run(mode, config, str(workdir))
+  listed = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+  assert len(listed) == 1 and listed[0].endswith(
+    "images: 24 images in 3 classes (1, 10, 2), which text sorts unlike numbers: label 1 is 10; left out 1: hidden 1 "
+    "(.ipynb_checkpoints/)"
+  )
+  assert eqm_jax.load(workdir).class_names == ("1", "10", "2")
+  compose = json.loads((workdir / "compose" / "compose.json").read_text())
+  assert [term["class"] for term in compose["terms"]] == ["0 (1)", "1 (10)"]
+  for page in ("samples/samples.html", "evaluation/samples_gd.html"):
+    assert "<b>1 (10)</b>" in (workdir / page).read_text()
+  rows = {"samples/samples.png": 1, "evaluation/samples_gd.png": 1, "samples/descent.png": 6, "compose/compose.png": 3}
+  for picture, count in rows.items():
+    with Image.open(workdir / picture) as image:
+      assert image.height == (9 * count + 1) * 8 + count * plotting.CAPTION_HEIGHT, picture
 
 
 @pytest.mark.parametrize("run", ["none"], indirect=True)
@@ -281,14 +321,81 @@ def test_tasks_on_points_of_the_plane(tmp_path):
     modes.run("inpaint", config, str(tmp_path))
 
 
+MASK = np.arange(64).reshape(8, 8) % 2
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK > 0, MASK * 1.0, MASK[..., None], MASK[None]])
+def test_masks_of_one_meaning_are_read(tmp_path, mask):
+  np.save(tmp_path / "mask.npy", mask)
+  np.savez(tmp_path / "mask.npz", mask)
+  for name in ("mask.npy", "mask.npz"):
+    read = inpaint.read_mask(str(tmp_path / name), (8, 8, 3))
+    np.testing.assert_array_equal(read[..., 0], MASK)
+    assert read.dtype == np.float32 and read.shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize(
+  "mask, message",
+  [
+    (np.zeros((7, 8)), r"\(7, 8\), but the images are \(8, 8\)"),
+    (np.stack([MASK, MASK]), r"\(2, 8, 8\), but .* one for all images"),
+    (MASK * 255, "values such as 0, 255: give 1 .* mask > 127 of an image"),
+    (MASK / 2, r"values such as 0\.0, 0\.5"),
+    (np.where(MASK, np.nan, 0.0), "values such as 0.0, nan"),
+    (MASK.astype(str), "values such as 0, 1: give"),
+    (MASK * 0, "no pixel to paint"),
+    (np.array([[None] * 8] * 8), "the array holds Python objects"),
+  ],
+)
+def test_masks_that_do_not_fit_are_refused(tmp_path, mask, message):
+  np.save(tmp_path / "mask.npy", mask)
+  with pytest.raises(ValueError, match=f"tasks.inpaint.mask.*{message}"):
+    inpaint.read_mask(str(tmp_path / "mask.npy"), (8, 8, 1))
+
+
+def test_masks_in_files_that_hold_more_are_refused(tmp_path):
+  np.savez(tmp_path / "mask.npz", a=MASK, b=MASK)
+  with pytest.raises(ValueError, match="tasks.inpaint.mask: .*mask.npz holds several arrays, a, b: give a .npy of one"):
+    inpaint.read_mask(str(tmp_path / "mask.npz"), (8, 8, 1))
+
+
+@pytest.mark.parametrize("key", ["num_samples", "batch_size"])
+def test_numbers_of_samples_are_refused_with_their_section(tmp_path, key):
+  config = small_config()
+  config.sample[key] = 0
+  with pytest.raises(ValueError, match=f"sample.{key} = 0 must be at least 1"):
+    modes.run("sample", config, str(tmp_path))
+
+
+def test_images_that_are_all_the_same_have_no_mahalanobis_distance():
+  for count in (1, 3):
+    source = samples.Images(np.zeros((count, 8, 8, 1), np.float32), np.zeros(count, int), 1)
+    with pytest.raises(ValueError, match=f"'mahalanobis' needs images that differ, but data.source has {count}"):
+      outliers.make_score("mahalanobis", None, source)
+  with pytest.raises(ValueError, match="1 of 3 scores are not finite"):
+    outliers.auroc(np.array([0.0, np.nan]), np.array([1.0]))
+
+
 @pytest.mark.parametrize("run", ["none"], indirect=True)
-@pytest.mark.parametrize("shape, message", [((7, 8), r"\(7, 8\), but the images are \(8, 8\)")])
-def test_masks_of_another_shape_are_refused(run, tmp_path, shape, message):
-  np.save(tmp_path / "mask.npy", np.zeros(shape))
-  config = run[1].copy_and_resolve_references()
-  config.tasks.inpaint.mask = str(tmp_path / "mask.npy")
-  with pytest.raises(ValueError, match=message):
-    modes.run("inpaint", config, str(run[0]))
+def test_composition_is_refused_before_sampling_where_no_classifier_can_be_fitted(run, config, tmp_path, monkeypatch):
+  np.savez(tmp_path / "one.npz", image=np.zeros((3, 8, 8, 1), np.uint8))
+  config.data.source = "npz"
+  config.data.options = ml_collections.ConfigDict({"path": str(tmp_path / "one.npz"), "num_classes": 10})
+  monkeypatch.setattr(compose, "descend_sum", None)
+  with pytest.raises(ValueError, match="evaluation.classifier_accuracy = True: a classifier needs two classes"):
+    modes.run("compose", config, str(tmp_path / "run"), str(run[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["none"], indirect=True)
+@pytest.mark.parametrize("mode", ["denoise", "ood", "compose", "inpaint"])
+def test_tasks_take_a_single_image(run, config, tmp_path, mode):
+  np.save(tmp_path / "one.npy", spread_digits(1))
+  config.tasks.update(images=str(tmp_path / "one.npy"), num_images=1, labels="none")
+  config.tasks.denoise.gammas = (0.5,)
+  config.tasks.ood.against = ("uniform", "gaussian")
+  modes.run(mode, config, str(tmp_path), str(run[0]))
+  assert Image.open(tmp_path / mode / f"{mode}.png") and (tmp_path / mode / f"{mode}.json").exists()
 
 
 @pytest.mark.parametrize("name", outliers.MAKERS)

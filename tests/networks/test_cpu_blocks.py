@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from eqm_jax.networks.dit import DiT
 
@@ -97,7 +98,8 @@ def test_the_backend_chooses_and_split_layers_keep_their_form(monkeypatch):
   assert model.block_form == "xla"
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
   assert model.block_form == "cpu"
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor"))):
+  mesh = AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  with jax.sharding.use_abstract_mesh(mesh):
     assert model.block_form == "xla" and model.clone(block="cpu").block_form == "cpu"
 
 

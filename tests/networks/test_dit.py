@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from eqm_jax.networks import dit
 from eqm_jax.networks.dit import DiT
@@ -209,6 +210,7 @@ def test_in_a_mesh_activations_are_spread_over_samples_heads_and_hidden_units():
 
   assert constraints(jax.make_jaxpr(program)(*arguments).jaxpr) == set()
   samples = ("data", "fsdp")
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))):
+  mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  with jax.sharding.use_abstract_mesh(mesh):
     found = constraints(jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr)
   assert found == {(samples,), (samples, None, None, "tensor"), (samples, None, "tensor")}

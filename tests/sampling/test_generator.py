@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from conftest import run_python
 
 from eqm_jax.equilibrium import sampler
 from eqm_jax.sampling import generator as generator_lib
@@ -38,18 +39,44 @@ def sample(row, batch_size, labels=LABELS):
 
 
 @pytest.mark.parametrize("batching", ["continuous", "static"])
-def test_samples_do_not_depend_on_the_batches(row, batching):
+def test_samples_depend_neither_on_the_batches_nor_on_their_number(row, batching, monkeypatch):
   row.batching = batching
-  whole, parts = sample(row, 13), sample(row, 5)
-  assert whole.result.x.shape == (13, 8, 8, 1) and parts.seconds > 0
-  np.testing.assert_allclose(parts.result.x, whole.result.x, atol=1e-6)
-  np.testing.assert_array_equal(parts.result.nfe, whole.result.nfe)
-  assert len(set(whole.result.nfe)) > 5, "the samples should differ in their NFE"
+  whole = sample(row, 13).result
+  assert whole.x.shape == (13, 8, 8, 1)
+  assert len(set(whole.nfe)) > 5, "the samples should differ in their NFE"
   noise = sampler.start_noise(jax.random.key(0), np.arange(13), (8, 8, 1))
   steepness = (2.0 + LABELS)[:, None, None, None]
-  updates = (whole.result.nfe - 1)[:, None, None, None]
-  np.testing.assert_allclose(whole.result.x, noise * (1 - 0.04 * steepness) ** updates, atol=1e-5)
-  assert parts.executed_nfe >= parts.result.nfe.sum()
+  updates = (whole.nfe - 1)[:, None, None, None]
+  np.testing.assert_allclose(whole.x, noise * (1 - 0.04 * steepness) ** updates, atol=1e-5)
+  monkeypatch.setattr(generator_lib, "STREAM_LENGTH", 2)  # the 13 samples are streams of 10 and 3
+  for count, batch_size in ((13, 5), (11, 4), (1, 50)):
+    few = sample(row, batch_size, LABELS[:count])
+    np.testing.assert_allclose(few.result.x, whole.x[:count], atol=1e-6)
+    np.testing.assert_array_equal(few.result.nfe, whole.nfe[:count])
+    assert few.seconds > 0 and few.executed_nfe >= few.result.nfe.sum()
+
+
+PROGRAM = """
+import sys
+import jax, ml_collections, numpy as np
+from conftest import load_config
+from test_generator import LABELS, sample
+row = load_config("digits", "smoke").samplers.adaptive
+row.update(threshold=1.0, step_size=0.04, max_nfe=60)
+for batching in ("continuous", "static"):
+  row.batching = batching
+  many = sample(row, 2).result
+  assert jax.device_count() == 8 and len(many.x) == 13
+  for count in (1, 2, 3, 11):
+    few = sample(row, 4, LABELS[:count])
+    np.testing.assert_allclose(few.result.x, many.x[:count], atol=1e-6)
+    assert few.result.nfe.tolist() == many.nfe[:count].tolist() and few.executed_nfe >= few.result.nfe.sum()
+"""
+
+
+@pytest.mark.slow
+def test_more_devices_than_samples():
+  run_python("-c", PROGRAM, devices=8)
 
 
 def test_places_without_a_sample_cost_no_batches(row):
@@ -57,13 +84,6 @@ def test_places_without_a_sample_cost_no_batches(row):
   chunks = dict(generator(4).chunks("row", row, np.arange(22) % 10, 20, [0, 1]))
   assert [len(chunks[number].result.x) for number in (0, 1)] == [20, 2]
   assert chunks[0].executed_nfe == 5 * 20 and chunks[1].executed_nfe == 5 * 4
-
-
-def test_long_streams_come_in_parts(row, monkeypatch):
-  whole = sample(row, 4)
-  monkeypatch.setattr(generator_lib, "STREAM_LENGTH", 2)  # chunks of 8 and 5
-  parts = sample(row, 4)
-  np.testing.assert_allclose(parts.result.x, whole.result.x, atol=1e-6)
 
 
 def test_integrators_are_rows_too(row):

@@ -23,6 +23,12 @@ def test_labels(spec, expected):
   assert parsed.tolist() == expected and parsed.dtype == np.int32
 
 
+def test_words_for_labels_have_the_names_of_classes_where_they_say_more():
+  assert labels.names(2) == ["class 0", "class 1", "no class"]
+  assert labels.names(2, ("0", "1")) == labels.names(2)
+  assert labels.names(3, ("0", "10", "Zoë")) == ["0 (0)", "1 (10)", "2 (Zoë)", "no class"]
+
+
 def test_random_labels_depend_on_the_seed_and_begin_alike():
   few, many = (labels.parse("sample.labels", "random", count, 10, seed=1) for count in (20, 1000))
   np.testing.assert_array_equal(many[:20], few)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import load_config
 
-from eqm_jax.checkpoints import pretrained
+from eqm_jax.checkpoints import eqm_torch, pretrained
 from eqm_jax.data import builtin
 from eqm_jax.equilibrium import objective
 from eqm_jax.networks.dit import DiT
@@ -72,6 +72,23 @@ def test_a_run_with_init_from_begins_with_the_average_of_the_other_model(implici
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
+def test_a_model_with_other_classes_gives_all_but_its_label_table(tmp_path, caplog):
+  config = small_config(**{"train.steps": 1, "checkpoint.every": 1, "train.init_from": str(tmp_path / "many.pt")})
+  config.optimizer.update(warmup_steps=1)  # the first step has learning rate 0
+  model = DiT(**{**config.model, "num_classes": 1000})
+  params = jax.jit(model.init)(jax.random.key(5), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32))["params"]
+  eqm_torch.export_reference(config.train.init_from, model, params)
+  train.train(config, str(tmp_path / "few"))
+  assert "has 1000 classes, this model 10: everything but the label table is taken" in caplog.text
+  found, label_table = pretrained.load(tmp_path / "few").params, params["label_embed"]["embedding"]
+  rows = found.pop("label_embed")["embedding"]
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  jax.tree.map(close, found, {name: params[name] for name in found})
+  close(rows[-1], label_table[-1])
+  assert rows.shape == (11, 16) and 0.01 < np.std(rows[:-1]) < 0.03  # those of a new run
+  assert not np.isclose(rows[:-1, None], label_table).all(axis=-1).any()
+
+
 def test_l2_refuses_an_output_layer_of_zeros(tmp_path):
   with pytest.raises(ValueError, match="output layer of zeros.*[Ss]tart from.*train.init_from"):
     train.train(small_config("l2"), str(tmp_path / "run"))
@@ -117,5 +134,6 @@ def test_what_cannot_be_trained_is_refused(changes, text, tmp_path):
 
 
 def test_init_params_of_another_shape_are_refused(implicit, tmp_path):
-  with pytest.raises(ValueError, match=r"parameter \S+ is \(.*\), but \(.*\) in this model"):
+  text = r"init_from = .*: width is 16 in the file, but 32 is .*parameter \S+ is \(.*\), but \(.*\) in this model"
+  with pytest.raises(ValueError, match=text):
     train.train(small_config(**{"model.width": 32, "train.init_from": implicit}), str(tmp_path))

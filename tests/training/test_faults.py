@@ -175,6 +175,20 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(uninterrupt
   assert final_state(workdir) == final_state(uninterrupted), "the steps after 380 were taken again"
 
 
+def test_what_a_killed_save_leaves_and_other_litter_confuse_nobody(uninterrupted, tmp_path, caplog):
+  workdir = tmp_path / "run"
+  shutil.copytree(uninterrupted, workdir)
+  saved = workdir / "checkpoints"
+  for name in ("420.orbax-checkpoint-tmp", "440.orbax-checkpoint-tmp-123", "460.partial", ".ipynb_checkpoints", "copy"):
+    shutil.copytree(saved / "400", saved / name)
+  (saved / ".DS_Store").write_text("")
+  assert checkpoint_manager.steps(str(workdir)) == [380, 400] and pretrained.load(workdir).step == 400
+  (workdir / "config.json.partial").write_text("{")
+  assert train.train(config_of(), str(workdir))
+  assert "damaged" not in caplog.text and final_state(workdir) == final_state(uninterrupted)
+  assert not list(saved.glob("*orbax-checkpoint-tmp*")) and not (workdir / "config.json.partial").exists()
+
+
 def test_any_flipped_bit_is_noticed_or_harmless(uninterrupted, tmp_path, caplog):
   """Bits anywhere in the newest checkpoint's files."""
   chance, outcomes = random.Random(0), {"noticed": 0, "harmless": 0}
@@ -298,6 +312,7 @@ def spoilt(tiny_config, monkeypatch):
       def __init__(self, source):
         self._source = source
         self.num_classes, self.shape, self.autoencoder_id = source.num_classes, source.shape, source.autoencoder_id
+        self.class_names = source.class_names
 
       def __len__(self):
         return 24

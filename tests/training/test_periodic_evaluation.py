@@ -48,6 +48,8 @@ def test_the_best_checkpoint_is_kept_and_can_be_loaded(config, tmp_path, monkeyp
   assert best["best"] == {"step": 6, "frechet": 2.0} and best["settings"]["features"] == [{"name": "raw"}]
   assert checkpoint_manager.steps(str(tmp_path)) == [6, 12], "the best and the newest"
   assert (tmp_path / "best.png").stat().st_size > 1000
+  assert len(list((tmp_path / "evaluation" / "steps").iterdir())) == 4
+  assert "step 12, raw/frechet 3" in (tmp_path / "report.html").read_text()
   loaded, newest = (pretrained.load(str(tmp_path / end)) for end in ("checkpoints/6", ""))
   assert loaded.step == 6 and newest.step == 12
   kernels = [one.params["blocks"]["qkv"]["kernel"] for one in (loaded, newest)]

@@ -225,7 +225,19 @@ def test_the_workdir_has_the_resolved_config_and_the_version(uninterrupted):
   saved = json.loads((uninterrupted / "config.json").read_text())
   assert saved["eqm_jax_version"] == eqm_jax.__version__
   assert saved["train"]["steps"] == 400 and saved["train"]["init_from"] is None
-  assert saved["data"]["num_samples"] == 1797
+  assert saved["data"]["num_samples"] == 1797 and saved["data"]["class_names"] == list("0123456789")
+  assert eqm_jax.load(uninterrupted).class_names == tuple("0123456789")
+
+
+def test_classes_of_other_names_are_refused(uninterrupted, tmp_path):
+  """Renamed folders are numbered anew, so that a label may mean another class."""
+  workdir = tmp_path / "run"
+  shutil.copytree(uninterrupted, workdir)
+  edit_config(workdir, lambda saved: saved["data"]["class_names"].__setitem__(2, "10"))
+  with pytest.raises(ValueError, match="label 2 for the class '10', but in the data set it is '2'. Give the classes"):
+    train.train(long_config(), str(workdir))
+  edit_config(workdir, lambda saved: saved["data"].pop("class_names"))  # of an earlier version
+  assert train.train(long_config(), str(workdir))
 
 
 @pytest.mark.parametrize("version, named", [("0.1.7", "0.1.7"), (None, "0.1.0")])
