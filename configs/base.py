@@ -51,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     dtype="float32",  # of the matrix products: "float32" or "bfloat16"
     unroll=1,  # blocks per iteration of the scan; all of them is fastest on a CPU
     remat="none",  # "none", "dots", "dots_no_batch" or "full": what the backward pass computes again
-    attention="xla",  # "xla" or "cudnn"
+    attention="auto",  # "xla", "pallas" (kernel for TPUs), "cudnn" (GPUs, bfloat16); "auto": by device, type and shape
     block="auto",  # how blocks are written: "xla" for TPUs and GPUs, "cpu", or "auto" by the backend
     energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
   )
@@ -94,6 +94,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sharding = config_dict.create(
     rules=(),  # (regex of a parameter's path, mesh axis of each array axis); where none fits, fsdp splits the largest
     ema="parameters",  # sharded as the "parameters" are, or over all "devices": less memory where mesh.data > 1
+    gather="layer",  # blocks split by fsdp are gathered one by one, or once a "step", and kept in model.dtype
   )
 
   # One row of the evaluation each.

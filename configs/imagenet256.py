@@ -34,12 +34,11 @@ RULES = (  # the first regex that is found in a parameter's path decides; the bl
   ("blocks/mlp_in/kernel", (None, "fsdp", "tensor")),
   ("blocks/mlp_in/bias", (None, "tensor")),
   ("blocks/mlp_out/kernel", (None, "tensor", "fsdp")),
-  ("blocks/modulation/kernel", (None, "fsdp", None)),  # of one vector a sample: too small to split within
+  ("blocks/modulation/kernel", (None, None, "fsdp")),  # by its outputs, which need no sum over devices
+  ("blocks/modulation/bias", (None, "fsdp")),
   ("final_modulation/kernel", ("fsdp", None)),
-  ("label_embed/embedding", (None, "fsdp")),  # 1,001 classes divide by nothing
-  ("time_embed/dense_./kernel", (None, "fsdp")),
-  ("(patch_embed|final_out|energy_out)/kernel", ()),  # narrow
-  ("bias", ()),
+  ("label_embed/embedding|time_embed/dense_./kernel", (None, "fsdp")),  # 1,001 classes divide by nothing
+  ("(patch_embed|final_out|energy_out)/kernel|bias", ()),  # narrow
 )
 
 

@@ -145,8 +145,7 @@ def asymmetry(field: FieldFn, x: jax.Array, key: jax.Array, probes: int = 16) ->
   independent random entries, 2 for a rotation.
 
   Args:
-    field: x [B, ...] → f [B, ...], each sample on its own; it must have forward derivatives,
-      which cuDNN's attention lacks.
+    field: x [B, ...] → f [B, ...], each sample on its own; it must have forward derivatives.
     x: where, [B, ...].
     key: of the probes.
     probes: their number; the relative error is about 1/√(probes·dimension).

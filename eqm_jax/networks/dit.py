@@ -8,6 +8,7 @@ with depth. Without `time_input` the time embedding is that of time 0, one learn
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -17,29 +18,34 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from eqm_jax import checks
-from eqm_jax.networks import cpu_blocks
+from eqm_jax.networks import attention, cpu_blocks
+from eqm_jax.networks.attention import SAMPLES, WITHIN_LAYER
 from eqm_jax.trees import path_name
 
 # depth, width, num_heads of the published sizes; the patch size follows the slash in a name: "XL/2".
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
+
+def _with_kernel(policy):
+  """A policy that keeps what goes into the attention kernel and what comes out, too."""
+  kept = jax.checkpoint_policies.save_only_these_names(attention.OPERAND, attention.RESULT)
+  return jax.checkpoint_policies.save_from_both_policies(policy, kept)
+
+
 # Intermediate values of a block that are kept for the backward pass; the others are computed again.
 REMAT_POLICIES = {
   "none": None,  # all are kept: no rematerialisation
-  "dots": jax.checkpoint_policies.checkpoint_dots,
-  "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": _with_kernel(jax.checkpoint_policies.checkpoint_dots),
+  "dots_no_batch": _with_kernel(jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims),
+  "full": jax.checkpoint_policies.save_only_these_names(attention.RESULT),  # and nothing else
 }
-ATTENTION = ("xla", "cudnn")
 BLOCKS = ("auto", "xla", "cpu")
 ENERGIES = ("none", "dot", "l2", "scalar")
 DTYPES = ("float32", "bfloat16", "float64")
 # Attributes that shape the parameters; of the energies, "scalar" does.
 SHAPING = ("channels", "patch_size", "width", "depth", "num_heads", "num_classes", "mlp_ratio", "learn_sigma", "energy")
 TIME_FREQUENCIES = 256
-
-# Mesh axes that activations are sharded over: along samples, and within a layer.
-SAMPLES, WITHIN_LAYER = ("data", "fsdp"), "tensor"
+MODULATIONS = "modulations"  # name of the operations that compute those of all blocks
 
 
 class DiT(nn.Module):
@@ -62,7 +68,7 @@ class DiT(nn.Module):
   dtype: str = "float32"  # of the matrix products; norms, softmax, parameters and output stay float32
   unroll: int = 1  # blocks per iteration of the scan
   remat: str = "none"  # one of REMAT_POLICIES
-  attention: str = "xla"  # or "cudnn" (GPU, bfloat16)
+  attention: str = "auto"  # one of attention.FORMS; "auto" chooses by the device, type and shape
   block: str = "auto"  # form of the blocks: "xla" for TPUs and GPUs, "cpu" for CPUs, "auto" chooses by the backend
   energy: str = "none"  # meaning of the output: "none", the field itself; "dot" or "l2", part of an energy;
   # "scalar", the energy itself, [B], by a head that sums over the tokens in place of the last layer
@@ -78,7 +84,7 @@ class DiT(nn.Module):
 
   @property
   def twice_differentiable(self) -> "DiT":
-    """The same model with an attention that has second derivatives, unlike cuDNN's."""
+    """The same model with an attention that has second derivatives without computing anything twice: XLA's."""
     return self if self.attention == "xla" else self.clone(attention="xla")
 
   @property
@@ -86,10 +92,19 @@ class DiT(nn.Module):
     """Form of the blocks where this is traced: "xla" or "cpu"."""
     if self.block != "auto":
       return self.block
+    if self.attention in attention.KERNELS:
+      return "xla"
     # Only `Block` has sharding constraints for layers that are split over devices; in a shard_map none is split.
     mesh = jax.sharding.get_abstract_mesh()
     split = any(size > 1 for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
-    return "cpu" if jax.default_backend() == "cpu" and not split else "xla"
+    return "cpu" if attention.platform() == "cpu" and not split else "xla"
+
+  def attention_form(self, batch_size: int) -> str:
+    """Form of the attention for a batch of this size where this is traced; `attention` says how it is chosen."""
+    tokens, width = (self.input_size // self.patch_size) ** 2, self.width // self.num_heads
+    qkv = jax.ShapeDtypeStruct((batch_size, tokens, 3, self.num_heads, width), self.dtype)
+    model = self if self.energy == "none" else self.twice_differentiable
+    return attention.resolve(qkv, model.attention)
 
   @nn.compact
   def __call__(
@@ -124,11 +139,11 @@ class DiT(nn.Module):
     embed_label = nn.Embed(self.num_classes + 1, self.width, dtype=dtype, embedding_init=_normal, name="label_embed")
     condition_BxD = _constrain(time_BxD + embed_label(label_B), SAMPLES)
 
-    # Parameters are initialised by the other form.
-    if self.block_form == "cpu" and not self.is_initializing():
-      tokens_BxTxD = self._cpu_blocks(tokens_BxTxD, condition_BxD, training)
+    if self.is_initializing():
+      tokens_BxTxD = self._initial_blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
     else:
-      tokens_BxTxD = self._blocks(dtype)(tokens_BxTxD, condition_BxD)[0]
+      blocks = self._cpu_blocks if self.block_form == "cpu" else self._blocks
+      tokens_BxTxD = blocks(tokens_BxTxD, condition_BxD, training)
     output = self._output(tokens_BxTxD, condition_BxD)
     return (output, tokens_BxTxD) if return_tokens else output
 
@@ -158,21 +173,26 @@ class DiT(nn.Module):
       **({} if self.remat == "none" else {"wrap": wrap}),
     )
 
-  def _blocks(self, dtype):
-    """All blocks as one module, scanned over stacked parameters."""
-    block = Block
+  def _blocks(self, tokens_BxTxD, condition_BxD, training: bool):
+    params, dtype = dict(self.get_variable("params", "blocks")), tokens_BxTxD.dtype
+    modulation_LxBxN = _all_modulations(params.pop("modulation"), condition_BxD, dtype)
+    block = Block(self.width, self.num_heads, self.mlp_ratio, dtype, self.attention, training, parent=None)
+
+    def one(tokens_BxTxD, layer):
+      params, modulation_BxN = layer
+      return block.apply({"params": params}, tokens_BxTxD, modulation_BxN=modulation_BxN)
+
     if self.remat != "none":
       # The loop separates the recomputation, so prevent_cse is not needed.
-      block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    stack = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=self.depth,
-      unroll=min(self.unroll, self.depth),
-    )
-    return stack(self.width, self.num_heads, self.mlp_ratio, dtype, self.attention, name="blocks")
+      one = jax.checkpoint(one, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    layers = params, modulation_LxBxN
+    return jax.lax.scan(one, tokens_BxTxD, layers, unroll=min(self.unroll, self.depth))[0]
+
+  def _initial_blocks(self, dtype):
+    """All blocks as one module, whose parameters are stacked."""
+    options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
+    stack = nn.scan(Block, length=self.depth, **options)
+    return stack(self.width, self.num_heads, self.mlp_ratio, dtype, "xla", training=False, name="blocks")
 
   def _check_arguments(self, x, label, gamma):
     if x.ndim != 4 or x.shape[1:] != self.input_shape:
@@ -194,28 +214,34 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-  """One adaLN-Zero transformer block, in the (carry, output) form of a scan."""
+  """One adaLN-Zero transformer block, in the (carry, output) form of a scan.
+
+  Its modulation is computed here where parameters are initialised, and otherwise given.
+  """
 
   width: int
   num_heads: int
   mlp_ratio: float
   dtype: Any
   attention: str
+  training: bool
 
   @nn.compact
-  def __call__(self, tokens_BxTxD, condition_BxD):
+  def __call__(self, tokens_BxTxD, condition_BxD=None, modulation_BxN=None):
     dtype, heads = self.dtype, (self.num_heads, self.width // self.num_heads)
-    modulation = _modulation(6, self.width, dtype, "modulation", condition_BxD)
+    if modulation_BxN is None:
+      modulation = _modulation(6, self.width, dtype, "modulation", condition_BxD)
+    else:
+      modulation = jnp.split(modulation_BxN[:, None], 6, axis=-1)
     shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
 
     h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_attention, scale_attention)
-    qkv_BxTx3xHxK = nn.DenseGeneral((3, *heads), dtype=dtype, kernel_init=_xavier, name="qkv")(h_BxTxD)
-    qkv_BxTx3xHxK = _constrain(qkv_BxTx3xHxK, SAMPLES, None, None, WITHIN_LAYER)
-    query, key, value = jnp.moveaxis(qkv_BxTx3xHxK, 2, 0)
-    mixed_BxTxHxK = _attend(query, key, value, self.attention)
-    h_BxTxD = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=dtype, kernel_init=_xavier, name="attention_out")(
-      mixed_BxTxHxK
-    )
+    flat = jax.sharding.get_abstract_mesh().shape.get(WITHIN_LAYER, 1) == 1
+    qkv = _Dense((self.width,), (3, *heads), dtype, flat, name="qkv")(h_BxTxD)
+    if not flat:
+      qkv = _constrain(qkv, SAMPLES, None, None, WITHIN_LAYER)
+    mixed = attention.attend(qkv, self.num_heads, self.attention, self.training)
+    h_BxTxD = _Dense(heads, (self.width,), dtype, flat, name="attention_out")(mixed)
     tokens_BxTxD = _constrain(tokens_BxTxD + gate_attention * h_BxTxD, SAMPLES)
 
     h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_mlp, scale_mlp)
@@ -223,6 +249,29 @@ class Block(nn.Module):
     h_BxTxF = _constrain(h_BxTxF, SAMPLES, None, WITHIN_LAYER)
     tokens_BxTxD = tokens_BxTxD + gate_mlp * _dense(self.width, dtype, name="mlp_out")(h_BxTxF)
     return _constrain(tokens_BxTxD, SAMPLES), None
+
+
+class _Dense(nn.Module):
+  """A dense layer from or to the axes of heads: [..., ∏inputs] → [..., ∏outputs], or [..., *inputs] → [..., *outputs].
+
+  Flat, heads lie side by side in memory, as the attention kernel takes them; with an axis of their own a mesh can split
+  them. The parameters are the same.
+  """
+
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  dtype: Any
+  flat: bool
+
+  @nn.compact
+  def __call__(self, x):
+    matrix = math.prod(self.inputs), math.prod(self.outputs)
+    kernel = self.param("kernel", lambda key, shape: _xavier(key, matrix).reshape(shape), (*self.inputs, *self.outputs))
+    bias = self.param("bias", nn.initializers.zeros, self.outputs)
+    kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+    if self.flat:
+      return x @ kernel.reshape(matrix) + bias.reshape(-1)
+    return jnp.tensordot(x, kernel, len(self.inputs)) + bias
 
 
 class TimeEmbed(nn.Module):
@@ -325,19 +374,26 @@ def _constrain(x: jax.Array, *axes) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
-def _attend(query, key, value, implementation: str):
-  """Softmax attention over [B, T, heads, K]."""
-  if query.dtype == jnp.float64:  # jax.nn rounds the softmax to float32, too coarse for a float64 check
-    weights_BxHxTxS = jax.nn.softmax(jnp.einsum("BTHK,BSHK->BHTS", query, key) / query.shape[-1] ** 0.5)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, value)
-  return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
-
-
 def _modulation(count: int, width: int, dtype, name: str, condition_BxD):
   """adaLN-Zero: `count` vectors [B, 1, width] of the condition, zero when initialised."""
   zeros = nn.initializers.zeros
   out_BxND = nn.Dense(count * width, dtype=dtype, kernel_init=zeros, name=name)(nn.silu(condition_BxD))
   return jnp.split(out_BxND[:, None], count, axis=-1)
+
+
+@jax.named_scope(MODULATIONS)
+def _all_modulations(layer, condition_BxD: jax.Array, dtype) -> jax.Array:
+  """adaLN-Zero's vectors of all blocks, [L, B, 6·D].
+
+  Their kernels are a third of the parameters, and their input is one vector a sample. So on a mesh each device computes
+  a part of the outputs for all samples: then the kernels' gradients need no sum over devices.
+  """
+  kernel_LxDxN, bias_LxN = (layer[name].astype(dtype) for name in ("kernel", "bias"))
+  out_LxBxN = jnp.einsum("BD,LDN->LBN", nn.silu(condition_BxD), kernel_LxDxN) + bias_LxN[:, None]
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if kernel_LxDxN.shape[-1] % math.prod(sizes.get(axis, 1) for axis in SAMPLES) == 0:
+    out_LxBxN = _constrain(out_LxBxN, None, None, SAMPLES)
+  return _constrain(out_LxBxN, None, SAMPLES)
 
 
 def _modulate(x, shift, scale):
@@ -378,7 +434,7 @@ def _check_attributes(m: DiT):
       f"model.remat = {m.remat!r} has no effect where the loop over the blocks is fully unrolled: "
       f"model.unroll = {m.unroll} must be below model.depth = {m.depth}"
     )
-  checks.one_of("model.attention", m.attention, ATTENTION)
+  checks.one_of("model.attention", m.attention, attention.FORMS)
   checks.one_of("model.block", m.block, BLOCKS)
   checks.one_of("model.energy", m.energy, ENERGIES)
   if m.energy != "none" and m.time_input:

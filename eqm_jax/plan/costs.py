@@ -106,15 +106,22 @@ def critical_batch(chip: Chip, flops: float, fixed_hbm_bytes: float, fixed_link_
   return fixed * chip.flops / flops
 
 
-def rematerialised_flops(model: DiT) -> int:
-  """FLOPs of one training step for one image that rematerialisation adds to those of `flops.training`.
+def rematerialised_flops(model: DiT, fused: bool = False) -> int:
+  """FLOPs of one training step for one image that the backward pass adds to those of `flops.training`.
 
   "full" repeats the forward pass of every block, "dots_no_batch" the two products of attention, "dots" and "none" no
   product. The field of an energy is a derivative itself, so it has every block twice.
+
+  Args:
+    model: of the step.
+    fused: its attention is the kernel's, whose backward pass always computes the logits again, and whose forward pass
+      is never repeated.
   """
-  T = (model.input_size // model.patch_size) ** 2
+  attention = 4 * (model.input_size // model.patch_size) ** 4 * model.width
   block = flops_lib.forward(model.clone(depth=2)) - flops_lib.forward(model.clone(depth=1))
-  repeated = {"none": 0, "dots": 0, "dots_no_batch": 4 * T * T * model.width, "full": block}[model.remat]
+  repeated = {"none": 0, "dots": 0, "dots_no_batch": attention, "full": block}[model.remat]
+  if fused:
+    repeated = (block - attention if model.remat == "full" else 0) + attention // 2
   return model.depth * repeated * (1 if model.energy == "none" else 2)
 
 
@@ -247,6 +254,8 @@ def _moved(module: hlo.Module, computation: hlo.Computation, instruction: hlo.In
   operands = [operand.result for operand in computation.operands(instruction)]
   if opcode == "fusion":
     return _fused(module, instruction, operands)
+  if opcode == "custom-call":  # a kernel that takes one array several times is taken to read its parts
+    operands = list({one.name: one.result for one in computation.operands(instruction)}.values())
   if opcode == "custom-call" and (not operands or "ConcatBitcast" in instruction.text):  # without operands: allocation
     return 0
   if opcode in ("copy-start", "slice-start"):  # results: (target, ...) and ((source), target, ...)

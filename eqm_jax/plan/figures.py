@@ -17,6 +17,7 @@ import jax
 
 from eqm_jax.equilibrium import streaming
 from eqm_jax.hardware import Chip
+from eqm_jax.networks.dit import MODULATIONS
 from eqm_jax.plan import costs, hlo
 from eqm_jax.plan.programs import SAMPLING, Program
 from eqm_jax.plan.topology import Topology
@@ -175,6 +176,8 @@ class ParameterShapes:
 
   def explains(self, collective: costs.Collective, dims: tuple[int, ...]) -> bool:
     """Whether the sharding rules ask for a collective of an array of these dimensions."""
+    if MODULATIONS in collective.op and collective.kind not in REDUCTIONS:  # split by outputs, then by samples
+      return True
     along, split = set(collective.axes or ()), self.axes(dims)
     reduction = collective.kind in REDUCTIONS
     if collective.axes is None or split is None:

@@ -20,7 +20,7 @@ from eqm_jax.data import codec
 from eqm_jax.equilibrium import field as field_lib
 from eqm_jax.equilibrium import sampler, streaming
 from eqm_jax.evaluation import evaluator, validation
-from eqm_jax.networks import autoencoder, dit
+from eqm_jax.networks import attention, autoencoder, dit
 from eqm_jax.networks import flops as flops_lib
 from eqm_jax.plan import costs
 from eqm_jax.plan.topology import Topology
@@ -67,7 +67,7 @@ def programs_of(config: ml_collections.ConfigDict, topology: Topology) -> list[P
 
 def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   """The training step, as `training.train` makes it."""
-  model = planned_model(config)
+  model = dit.DiT(**config.model)
   batch_size, microbatches = config.train.batch_size, config.train.grad_accum_steps
   optimizer = state_lib.make_optimizer(config.optimizer, config.train.steps)
   mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
@@ -93,6 +93,8 @@ def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   rest = {"batch": sharding.held(batch, jax.tree.map(lambda leaf: leaf.sharding, batch))}
   rest |= {"autoencoder": 4 * _elements(encoder_params)} if encoder else {}
   weights = _elements(shapes.params) * jnp.dtype(model.dtype).itemsize / tensor
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    fused = model.attention_form(batch_size // microbatches) in attention.KERNELS
   return Program(
     kind=TRAINING,
     about=f"{batch_size} images a step, {images} on a chip, remat {config.model.remat}",
@@ -104,14 +106,14 @@ def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
     # The state read and written; per microbatch the weights in the type of the products twice, and their gradient.
     fixed_hbm=2 * sum(state_bytes.values()) + 3 * microbatches * weights,
     flops=images * flops_lib.training(model) / tensor,
-    rematerialised_flops=images * costs.rematerialised_flops(model) / tensor,
+    rematerialised_flops=images * costs.rematerialised_flops(model, fused) / tensor,
     state=state,
   )
 
 
 def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   """The loop that samples on one chip, with the first sampler that is evaluated; of an ODE, one evaluation."""
-  model, options = planned_model(config), config.evaluation
+  model, options = dit.DiT(**config.model), config.evaluation
   name = validation.evaluated_samplers(config)[0]
   row = config.samplers[name]
   multiplier = evaluator.schedule_of(config).multiplier
@@ -127,6 +129,10 @@ def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   noise = jax.ShapeDtypeStruct((slots, *model.input_shape), jnp.float32, sharding=replicated)
 
   def run(params, labels, *noise):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it is for a TPU, whatever this machine is
+      return sample(params, labels, *noise)
+
+  def sample(params, labels, *noise):
     field = field_lib.field(model, params, **generator_lib.guidance_options(row))
     if continuous:
       stream_options = {"shape": model.input_shape, "slots": slots, "mesh": mesh, "index": np.arange(count)}
@@ -157,7 +163,7 @@ def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
 
 def decoding(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   """The decoder on one chip, with `autoencoder.batch_size` images at a time."""
-  model, images = planned_model(config), config.autoencoder.batch_size
+  model, images = dit.DiT(**config.model), config.autoencoder.batch_size
   module = _autoencoder(config, model)
   mesh, replicated = _one_chip(topology)
   params = _placed(autoencoder.parameter_shapes(module), replicated)
@@ -174,12 +180,6 @@ def decoding(config: ml_collections.ConfigDict, topology: Topology) -> Program:
     argument_bytes={"decoder": used, "encoder, unused": sum(sizes.values()) - used},
     fixed_hbm=used,
   )
-
-
-def planned_model(config: ml_collections.ConfigDict) -> dit.DiT:
-  """The config's model as the slice would run it: block="auto" would follow the machine that plans, a CPU."""
-  model = dit.DiT(**config.model)
-  return model.clone(block="xla") if model.block == "auto" else model
 
 
 def state_shapes(config: ml_collections.ConfigDict, model: dit.DiT) -> state_lib.TrainState:

@@ -22,6 +22,7 @@ from eqm_jax.trees import path_name
 BATCH = SAMPLES
 AXES = (*SAMPLES, WITHIN_LAYER)
 EMA = ("parameters", "devices")
+GATHER = ("layer", "step")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
@@ -122,6 +123,7 @@ def state_shardings(shapes: Any, options: ml_collections.ConfigDict, mesh: Mesh)
     ValueError: as `tree_shardings`, and if `ema` is not one of `EMA`.
   """
   one_of("sharding.ema", options.ema, EMA)
+  one_of("sharding.gather", options.gather, GATHER)
   shardings = tree_shardings(shapes, options.rules, mesh)
   if options.ema == "parameters":
     return shardings
@@ -133,6 +135,31 @@ def state_shardings(shapes: Any, options: ml_collections.ConfigDict, mesh: Mesh)
       shardings.ema_params,
     )
   )
+
+
+def gathered_blocks(params: Any, shardings: Any, dtype: str) -> Any:
+  """Parameters whose blocks are in the type of the products and whole along `fsdp`, before the loop over the blocks.
+
+  Each device then holds all blocks' weights in that type. Their gradients leave the loop split as the parameters are.
+  The modulation stays split: the network computes it outside of the loop, from each device's part.
+  """
+  looped = {name: layer for name, layer in params["blocks"].items() if name != "modulation"}
+  split = {name: shardings["blocks"][name] for name in looped}
+
+  def whole(leaf, placed):
+    spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in placed.spec))
+    return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(placed.mesh, spec))
+
+  def pull_back(_, gradients):
+    gradients = jax.lax.with_sharding_constraint(gradients, split)
+    return (jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, looped),)
+
+  @jax.custom_vjp
+  def gather(layers):
+    return jax.tree.map(whole, layers, split)
+
+  gather.defvjp(lambda layers: (gather(layers), None), pull_back)
+  return {**params, "blocks": {**params["blocks"], **gather(looped)}}
 
 
 def table(shapes: Any, shardings: Any) -> str:

@@ -45,6 +45,8 @@ def make_step(
 
     def loss_fn(params, microbatch):
       batch, noise = microbatch
+      if config.sharding.gather == "step":
+        params = sharding.gathered_blocks(params, shardings.params, model.dtype)
       batch = encode_batch(encoder, encoder_params, batch) if encoder else batch
       return loss_with_noise(model, config.objective, batch, noise, params)
 

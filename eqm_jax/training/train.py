@@ -29,7 +29,7 @@ from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import objective
 from eqm_jax.evaluation.reference_data import ReferenceData
 from eqm_jax.io import workdir_lock, write_json
-from eqm_jax.networks import flops
+from eqm_jax.networks import attention, flops
 from eqm_jax.networks.dit import DiT, first_difference
 from eqm_jax.sampling.generator import Generator
 from eqm_jax.training import metric_logger, periodic_evaluation, run_page, sharding, validation, wandb_run
@@ -154,6 +154,7 @@ class _Run(_Layout):
 def _lay_out(config: ml_collections.ConfigDict) -> _Layout:
   """Makes what needs no data; refuses settings that do not fit each other or the devices."""
   model = DiT(**config.model)
+  attention.check(model.attention)
   validation.check_config(config, model)
   wandb_run.check(config.train.wandb_project)
   objective.Schedule(**config.objective.schedule)  # refuses a bad one

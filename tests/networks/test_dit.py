@@ -213,4 +213,5 @@ def test_in_a_mesh_activations_are_spread_over_samples_heads_and_hidden_units():
   mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
   with jax.sharding.use_abstract_mesh(mesh):
     found = constraints(jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr)
-  assert found == {(samples,), (samples, None, None, "tensor"), (samples, None, "tensor")}
+  modulations = {(None, None, samples), (None, samples)}  # by their outputs, then by samples
+  assert found == {(samples,), (samples, None, None, "tensor"), (samples, None, "tensor")} | modulations

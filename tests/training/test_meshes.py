@@ -79,6 +79,10 @@ MESHES = {  # changes of the config, and the share of the parameters that a devi
   "fsdp": ({"mesh.data": 1, "mesh.fsdp": -1}, 0.2),
   "data × fsdp": ({"mesh.data": 2, "mesh.fsdp": 4}, 0.4),
   "data × fsdp, remat": ({"mesh.data": 2, "mesh.fsdp": 4, "model.remat": "full", "model.unroll": 1}, 0.4),
+  "data × fsdp, gathered once": (
+    {"mesh.data": 2, "mesh.fsdp": 4, "sharding.gather": "step", "model.attention": "pallas_interpret"},
+    0.4,
+  ),
 }
 
 

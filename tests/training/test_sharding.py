@@ -75,7 +75,7 @@ INTENT = {
   "blocks/attention_out/kernel": (None, "tensor", None, "fsdp"),
   "blocks/mlp_in/kernel": (None, "fsdp", "tensor"),
   "blocks/mlp_out/kernel": (None, "tensor", "fsdp"),
-  "blocks/modulation/kernel": (None, "fsdp", None),
+  "blocks/modulation/kernel": (None, None, "fsdp"),
   "final_modulation/kernel": ("fsdp", None),
   "label_embed/embedding": (None, "fsdp"),
   "time_embed/dense_0/kernel": (None, "fsdp"),

@@ -1,0 +1,198 @@
+"""Softmax attention in the form that suits the device: a fused kernel on TPUs, cuDNN's on GPUs, else XLA's.
+
+On a mesh each device runs the kernel (`attention_kernel`) on its own samples and heads, in a `shard_map`. In training
+the kernel has a backward pass of its own and no forward-mode derivative; otherwise its derivatives, of every kind and
+order, are those of XLA's form.
+"""
+
+import functools
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
+
+FORMS = ("auto", "xla", "pallas", "pallas_interpret", "cudnn")
+KERNELS = ("pallas", "pallas_interpret")
+OPERAND, RESULT = "attention_operand", "attention_result"  # of the kernel: names for rematerialisation
+# Mesh axes that activations are sharded over: along samples, and within a layer.
+SAMPLES, WITHIN_LAYER = ("data", "fsdp"), "tensor"
+
+log = logging.getLogger(__name__)
+
+
+def attend(qkv: jax.Array, num_heads: int, form: str, training: bool = False) -> jax.Array:
+  """Softmax attention of query, key and value of all heads.
+
+  Args:
+    qkv: the output of the qkv product: [B, T, 3·H·K], or [B, T, 3, H, K] where a mesh splits the heads.
+    num_heads: H.
+    form: one of FORMS. The kernel's fall back to "xla" for shapes that it does not take.
+    training: allows a backward pass that has no forward-mode derivative.
+
+  Returns:
+    [B, T, H·K], or [B, T, H, K].
+  """
+  check(form)
+  B, T = qkv.shape[:2]
+  shape = B, T, 3, num_heads, math.prod(qkv.shape[2:]) // (3 * num_heads)
+  form = resolve(jax.ShapeDtypeStruct(shape, qkv.dtype), form)
+  if form in KERNELS:
+    qkv = checkpoint_name(qkv, OPERAND)
+    return checkpoint_name((_fused if training else _differentiable)(form, num_heads, qkv), RESULT)
+  return (_of_jax if training or form == "xla" else _differentiable)(form, num_heads, qkv)
+
+
+def check(form: str):
+  """Refuses a kernel where it does not run.
+
+  Raises:
+    ValueError: for "pallas" where the program being traced is not for a TPU.
+  """
+  if form == "pallas" and platform() != "tpu":
+    raise ValueError(
+      f"model.attention = 'pallas' is a kernel for TPUs, but this program is for a {platform()}: set "
+      "model.attention = 'auto', or 'pallas_interpret' to run the kernel step by step on any device"
+    )
+
+
+def resolve(qkv, form: str) -> str:
+  """The form that is used, where this is traced, for the shape [B, T, 3, H, K] and type of `qkv`."""
+  half = qkv.dtype == jnp.bfloat16
+  if form in KERNELS or (form == "auto" and half and platform() == "tpu"):
+    reason = _unfit(qkv, form)
+    if reason:
+      _log_once(f"attention: the kernel does not take {reason}; XLA's form is used")
+      return "xla"
+    return form if form in KERNELS else "pallas"
+  if form == "auto":
+    return "cudnn" if half and platform() == "gpu" and _cudnn_takes(qkv) else "xla"
+  return form
+
+
+def platform() -> str:
+  """The platform that the program being traced is for: that of the context's mesh, else the process's own."""
+  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.config.jax_default_device
+  return device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
+
+
+def _unfit(qkv, form: str) -> str:
+  """What the kernel does not take about an array; "" if it takes it."""
+  from eqm_jax.networks import attention_kernel
+
+  B, T, _, H, K = qkv.shape
+  mesh, sizes = jax.sharding.get_abstract_mesh(), _split_axes()
+  if form == "auto" and mesh.empty and jax.device_count() > 1:
+    return "arrays on devices that are not known while it is traced (in the context of a mesh they are)"
+  if AxisType.Explicit in mesh.axis_types or set(sizes) - {*SAMPLES, WITHIN_LAYER}:
+    return f"a mesh of axes {mesh.axis_names} with types {mesh.axis_types}"
+  samples, heads = math.prod(sizes.get(axis, 1) for axis in SAMPLES), sizes.get(WITHIN_LAYER, 1)
+  if B % samples or H % heads:
+    return f"{B} samples of {H} heads on {samples} by {heads} devices"
+  if qkv.dtype not in (jnp.bfloat16, jnp.float32) or attention_kernel.unfit(T, K):
+    return f"{T} tokens with heads of width {K} in {qkv.dtype}"
+  needed = attention_kernel.vector_memory(T, H // heads * K, qkv.dtype.itemsize)
+  if form != "pallas_interpret" and needed > attention_kernel.available():
+    return f"{T} tokens of width {H // heads * K}, which need {needed / 2**20:.0f} MiB of the chip's vector memory"
+  return ""
+
+
+@functools.cache
+def _log_once(message: str):
+  log.info("%s", message)
+
+
+def _of_jax(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
+  B, T = qkv.shape[:2]
+  query, key, value = jnp.moveaxis(qkv.reshape(B, T, 3, num_heads, -1), 2, 0)
+  if query.dtype == jnp.float64:  # jax.nn rounds the softmax to float32, too coarse for a float64 check
+    weights_BxHxTxS = jax.nn.softmax(jnp.einsum("BTHK,BSHK->BHTS", query, key) / query.shape[-1] ** 0.5)
+    mixed_BxTxHxK = jnp.einsum("BHTS,BSHK->BTHK", weights_BxHxTxS, value)
+  else:
+    mixed_BxTxHxK = jax.nn.dot_product_attention(query, key, value, implementation=form)
+  return mixed_BxTxHxK.reshape(_result_shape(qkv))
+
+
+def _result_shape(qkv) -> tuple[int, ...]:
+  return (*qkv.shape[:2], qkv.shape[2] // 3) if qkv.ndim == 3 else (*qkv.shape[:2], *qkv.shape[3:])
+
+
+def _cudnn_takes(qkv) -> bool:
+  """Whether cuDNN's attention runs here with this shape."""
+  try:
+    jax.eval_shape(functools.partial(_of_jax, "cudnn", qkv.shape[3]), qkv)
+    return all(float(device.compute_capability) >= 8 for device in jax.local_devices())
+  except (RuntimeError, NotImplementedError, ValueError, AttributeError):  # no cuDNN, or a shape or device it refuses
+    return False
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+def _split_axes() -> dict[str, int]:
+  """{axis: size} of the context's mesh, without those of an enclosing shard_map."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
+
+
+def _on_each_device(function, num_heads: int, *arrays: jax.Array) -> jax.Array:
+  """`function(num_heads, *arrays)`, the qkv product first, on the samples and heads of each device."""
+  axes = _split_axes()
+  if not axes:
+    return function(num_heads, *arrays)
+  samples = tuple(axis for axis in SAMPLES if axis in axes)
+  heads = WITHIN_LAYER if WITHIN_LAYER in axes and arrays[0].ndim == 5 else None
+  local = num_heads // (axes[heads] if heads else 1)
+  specs = [PartitionSpec(samples)] * 2
+  if heads:
+    specs = [PartitionSpec(samples, None, None, heads), PartitionSpec(samples, None, heads)]
+  mapped = jax.shard_map(
+    functools.partial(function, local),
+    in_specs=tuple(specs[: len(arrays)]),
+    out_specs=specs[0 if len(arrays) == 2 else 1],
+    axis_names=set(axes),
+    check_vma=False,
+  )
+  return mapped(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
+  from eqm_jax.networks import attention_kernel
+
+  def run(num_heads, qkv):
+    flat = qkv.reshape(*qkv.shape[:2], -1)
+    return attention_kernel.forward(flat, num_heads, form == "pallas_interpret").reshape(_result_shape(qkv))
+
+  return _on_each_device(run, num_heads, qkv)
+
+
+def _fused_forward(form, num_heads, qkv):
+  return _fused(form, num_heads, qkv), qkv
+
+
+def _fused_backward(form, num_heads, qkv, g):
+  from eqm_jax.networks import attention_kernel
+
+  def run(num_heads, qkv, g):
+    flat = (array.reshape(*array.shape[:2], -1) for array in (qkv, g))
+    return attention_kernel.backward(*flat, num_heads, form == "pallas_interpret").reshape(qkv.shape)
+
+  return (_on_each_device(run, num_heads, qkv, g),)
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _differentiable(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
+  """A kernel's values with the derivatives of XLA's form."""
+  return (_fused if form in KERNELS else _of_jax)(form, num_heads, qkv)
+
+
+@_differentiable.defjvp
+def _derivative(form, num_heads, primals, tangents):
+  by_xla = functools.partial(_of_jax, "xla", num_heads)
+  return _differentiable(form, num_heads, *primals), jax.jvp(by_xla, primals, tangents)[1]
