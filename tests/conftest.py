@@ -235,6 +235,13 @@ def kill_processes():
       process.kill()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+  """Drops the compiled programs of a module: kept, those of all modules take gigabytes in each worker."""
+  yield
+  jax.clear_caches()
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 

