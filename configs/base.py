@@ -58,10 +58,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.objective = config_dict.create(
     kind="equilibrium",  # or "flow_matching"
     schedule=config_dict.create(  # target magnitude c(γ): the attributes of eqm_jax.Schedule
-      kind="truncated",  # "constant", "linear", "truncated" or "piecewise"
-      a=0.8,  # γ from which c falls to zero
+      kind="truncated",  # "constant", "linear", "truncated", "piecewise", "self_stopping" or "power"
+      a=0.8,  # γ from which "truncated" and "piecewise" fall to zero
       b=2.0,  # c(0) / λ of "piecewise"
+      breakpoint=0.9,  # time at which "self_stopping" slows down
+      exponent=0.8,  # p of "power", λ·(1−γ)^p
       multiplier=4.0,  # λ
+    ),
+    gamma=config_dict.create(  # density of γ: the attributes of eqm_jax.GammaDensity (docs/options.md)
+      kind="uniform",  # or "logit_normal", or "consistent": ∝ 1/c(γ)
+      mean=0.0,  # of logit(γ), for "logit_normal"
+      deviation=1.0,
+      floor=0.0,  # of c/λ, for "consistent": density ∝ 1/max(c/λ, floor); above 0 where 1/c cannot be normalised
     ),
     label_dropout=0.1,  # fraction of samples trained with the null class
     dispersive_weight=0.0,  # of the dispersive loss; the released code uses 0 or 0.5

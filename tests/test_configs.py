@@ -17,6 +17,7 @@ from conftest import ROOT, environment, load_config
 from ml_collections import config_flags
 
 from eqm_jax.data import sources
+from eqm_jax.equilibrium.gamma import GammaDensity
 from eqm_jax.equilibrium.objective import Schedule
 from eqm_jax.networks import dit
 from eqm_jax.networks.autoencoder import Autoencoder
@@ -102,6 +103,7 @@ def test_sections_that_are_passed_on_whole_are_the_arguments_of_what_takes_them(
   base = base_keys()
   assert set(base["model"]) == set(dit.DiT.__dataclass_fields__) - {"parent", "name"}
   assert set(base["objective"]["schedule"]) == set(Schedule.__dataclass_fields__)
+  assert set(base["objective"]["gamma"]) == set(GammaDensity.__dataclass_fields__)
   assert set(base["mesh"]) == set(inspect.signature(sharding.make_mesh).parameters) - {"devices"}
   assert set(base["prepare"]["fit"]["model"]) < set(Autoencoder.__dataclass_fields__)
 

@@ -134,12 +134,14 @@ class Lab:
     """The generator of a model, with the random key of its seed."""
     if (name, seed) not in self._generators:
       loaded = self.models.load(name, seed)
+      schedule = evaluator.schedule_of(self.models.config(name, seed))
       self._generators[name, seed] = Generator(
         model=loaded.model,
         params=loaded.params,
         key=state.stream_key(seed, "samples"),
         batch_size=self.options.batch_size,
-        multiplier=evaluator.schedule_of(self.models.config(name, seed)).multiplier,
+        multiplier=schedule.multiplier,
+        auto_length=sampler.auto_length(schedule),
       )
     return self._generators[name, seed]
 
