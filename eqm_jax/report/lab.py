@@ -25,12 +25,14 @@ EXPECTED: dict[str, Any] = {
   "objective.schedule.kind": "truncated",
   "objective.schedule.a": 0.8,
   "objective.schedule.multiplier": 4.0,
+  "objective.gamma.kind": "uniform",
   "objective.clean_fraction": 0.0,
   "model.energy": "none",
   "model.time_input": False,
   "data.options.part": "train",  # the part "test" is held out
 }
 MULTIPLIER = EXPECTED["objective.schedule.multiplier"]  # λ that report.step_size is for
+CONSISTENT = {"objective.gamma.kind": "consistent"}
 # The models, and how their configs differ from it; everything else is the same for all.
 MODELS: dict[str, dict[str, Any]] = {
   "eqm": {},
@@ -44,6 +46,11 @@ MODELS: dict[str, dict[str, Any]] = {
   "dot": {"model.energy": "dot"},
   "scalar": {"model.energy": "scalar"},
   "l2": {"model.energy": "l2"},  # initialised with the parameters of "eqm"
+  "self_stopping": {"objective.schedule.kind": "self_stopping"},
+  "consistent": CONSISTENT | {"objective.gamma.floor": 0.05},
+  "linear_consistent": CONSISTENT | {"objective.gamma.floor": 0.05, "objective.schedule.kind": "linear"},
+  "self_stopping_consistent": CONSISTENT | {"objective.schedule.kind": "self_stopping"},
+  "logit_normal": {"objective.gamma.kind": "logit_normal"},
 }
 
 
