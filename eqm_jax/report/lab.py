@@ -40,17 +40,17 @@ MODELS: dict[str, dict[str, Any]] = {
   "flow_matching_untimed": {"objective.kind": "flow_matching"},
   "linear": {"objective.schedule.kind": "linear"},
   "piecewise": {"objective.schedule.kind": "piecewise"},
+  "self_stopping": {"objective.schedule.kind": "self_stopping"},
+  "consistent": CONSISTENT | {"objective.gamma.floor": 0.05},
+  "linear_consistent": CONSISTENT | {"objective.gamma.floor": 0.05, "objective.schedule.kind": "linear"},
+  "self_stopping_consistent": CONSISTENT | {"objective.schedule.kind": "self_stopping"},
+  "logit_normal": {"objective.gamma.kind": "logit_normal"},
   "lambda_1": {"objective.schedule.multiplier": 1.0},
   "lambda_2": {"objective.schedule.multiplier": 2.0},
   "lambda_8": {"objective.schedule.multiplier": 8.0},
   "dot": {"model.energy": "dot"},
   "scalar": {"model.energy": "scalar"},
   "l2": {"model.energy": "l2"},  # initialised with the parameters of "eqm"
-  "self_stopping": {"objective.schedule.kind": "self_stopping"},
-  "consistent": CONSISTENT | {"objective.gamma.floor": 0.05},
-  "linear_consistent": CONSISTENT | {"objective.gamma.floor": 0.05, "objective.schedule.kind": "linear"},
-  "self_stopping_consistent": CONSISTENT | {"objective.schedule.kind": "self_stopping"},
-  "logit_normal": {"objective.gamma.kind": "logit_normal"},
 }
 
 

@@ -39,6 +39,7 @@ class _Measurement:
 CLAIMS = {  # in the order of the page
   "baselines": _Measurement(training_claims.baselines, 3, ("eqm", "flow_matching", "flow_matching_untimed")),
   "schedules": _Measurement(training_claims.schedules, 4.5, ("eqm", "piecewise", "linear", "flow_matching_untimed")),
+  "gammas": _Measurement(training_claims.gammas, 7, tuple(training_claims.GAMMAS)),
   "multipliers": _Measurement(training_claims.multipliers, 1, ("eqm", "lambda_1", "lambda_2", "lambda_8")),
   "few_steps": _Measurement(sampling_claims.few_steps, 2),
   "step_sizes": _Measurement(sampling_claims.step_sizes, 6, ("eqm", "flow_matching")),
@@ -49,7 +50,6 @@ CLAIMS = {  # in the order of the page
   "composition": _Measurement(landscape_claims.composition, 2),
   "memorisation": _Measurement(landscape_claims.memorisation, 0.5),
   "energies": _Measurement(training_claims.energies, 4, ("eqm", "dot", "scalar", "l2")),
-  "gammas": _Measurement(training_claims.gammas, 7, tuple(training_claims.GAMMAS)),
 }
 TRAINING_COST = {"dot": 1.8, "scalar": 1.8, "l2": 1.8}  # relative to an implicit model
 LEAST = {"seeds": 1, "num_samples": 20, "batch_size": 1, "num_held_out": 10, "max_nfe": 4}  # for every claim

@@ -1,4 +1,4 @@
-"""Claims about training: EqM against its baselines, c(γ), the density of γ, λ, and explicit energies."""
+"""Claims about training: EqM against its baselines, c(γ), λ, and explicit energies."""
 
 import functools
 import time
@@ -94,6 +94,13 @@ def schedules(lab: Lab) -> dict[str, Any]:
   }
 
 
+def _best_step_size(lab: Lab, name: str, unit: float) -> tuple[float, dict[str, list[float]]]:
+  """The factor of the step size that gives a model the lowest Fréchet distance by GD, and its metrics."""
+  by_factor = {factor: lab.metrics(name, rule="gd", step_size=unit * factor) for factor in STEP_SIZE_FACTORS}
+  best = min(by_factor, key=lambda factor: np.mean(by_factor[factor]["frechet"]))
+  return best, by_factor[best]
+
+
 def gammas(lab: Lab) -> dict[str, Any]:
   """Densities of γ for three c(γ), each at its best step size."""
   metrics, rows = {}, []
@@ -160,13 +167,6 @@ def energies(lab: Lab) -> dict[str, Any]:
     ],
     "numbers": {"metrics": metrics, "cost_of_a_step": costs},
   }
-
-
-def _best_step_size(lab: Lab, name: str, unit: float) -> tuple[float, dict[str, list[float]]]:
-  """The factor of the step size that gives a model the lowest Fréchet distance by GD, and its metrics."""
-  by_factor = {factor: lab.metrics(name, rule="gd", step_size=unit * factor) for factor in STEP_SIZE_FACTORS}
-  best = min(by_factor, key=lambda factor: np.mean(by_factor[factor]["frechet"]))
-  return best, by_factor[best]
 
 
 def _asymmetry(lab: Lab, name: str, seed: int, gamma: float) -> float:

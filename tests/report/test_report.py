@@ -8,7 +8,8 @@ import pytest
 from conftest import load_config
 
 from eqm_jax import modes
-from eqm_jax.report import lab, page, report, training_claims
+from eqm_jax.report import lab, page, report
+from eqm_jax.report.training_claims import GAMMAS
 
 CLAIM = {
   "title": "A < B", "paper": "p", "criterion": "c", "verdict": "holds", "columns": ["a"], "rows": [["1 & 2"]],
@@ -138,8 +139,8 @@ def test_densities_of_gamma_are_compared_by_the_models_they_need_alone(tmp_path)
     config.report.text.claims = {"gammas": other.report.text.claims.gammas}
   modes.run("report", config, str(tmp_path))
   claim = json.loads((tmp_path / "report.json").read_text())["claims"]["gammas"]
-  assert [row[:2] for row in claim["rows"]] == [list(pair) for pair in training_claims.GAMMAS.values()]
-  assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "models").iterdir()} == set(training_claims.GAMMAS)
+  assert [row[:2] for row in claim["rows"]] == [list(pair) for pair in GAMMAS.values()]
+  assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "models").iterdir()} == set(GAMMAS)
   assert (tmp_path / "figures" / "gammas.png").exists()
 
 
