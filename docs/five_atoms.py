@@ -48,8 +48,5 @@ if __name__ == "__main__":
     densities = eqm_jax.GammaDensity("uniform"), eqm_jax.GammaDensity("consistent", floor=floor)
     found = [errors(schedule, density) for density in densities]
     rows.append([title, *(f"{error.mean():.3f} ({error.max():.3f})" for error in found), f"{published:.3f}"])
-  print(
-    tabulate.tabulate(
-      rows, ["c(γ)", "uniform γ", "consistent γ", "published"], tablefmt="github", disable_numparse=True
-    )
-  )
+  columns = ["c(γ)", "uniform γ", "consistent γ", "published"]
+  print(tabulate.tabulate(rows, columns, tablefmt="github", disable_numparse=True))

@@ -1,11 +1,13 @@
 """Densities of γ: samples, moments, and what they do to the optimal field."""
 
 import itertools
+import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import eqm_jax
 from eqm_jax.equilibrium import gamma as gamma_lib
@@ -138,6 +140,16 @@ def test_with_a_floor_the_direction_is_kept_but_for_the_surroundings_of_the_data
     constant = directions(far, points, Schedule("constant"), GammaDensity())
     consistent = directions(far, points, schedule, GammaDensity("consistent", floor=floor))
   np.testing.assert_allclose(consistent, constant, atol=1e-12)
+
+
+def test_with_consistent_gamma_descents_end_at_each_data_point_as_often_as_it_is_in_the_data():
+  """The five atoms of docs/options.md, coarsely: with uniform γ a linear c favours some."""
+  errors = runpy.run_path(str(ROOT / "docs" / "five_atoms.py"))["errors"]
+  errors.__globals__.update(GRID=14, NFE=80)
+  uniform, consistent = (
+    errors(Schedule("linear"), density) for density in (GammaDensity(), GammaDensity("consistent", floor=0.02))
+  )
+  assert consistent.max() < 0.03 and uniform.max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,6 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
 
     return claim
 
-  monkeypatch.setattr(lab, "MODELS", {"eqm": {}})
   claims = {"first": measured("first"), "second": measured("second", fails=True)}
   monkeypatch.setattr(report, "CLAIMS", {name: report._Measurement(claim, 1) for name, claim in claims.items()})
   caplog.set_level(logging.INFO, "eqm_jax")
