@@ -18,7 +18,6 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns every key with its default."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, data order and training noise: a key depends on (seed, step) alone
-
   config.data = config_dict.create(
     source="digits",  # "digits", "mnist", "photographs", "plane", "folder", "tfds", "npz" or "latents"
     # Arguments of the source; sizes are pixels of a side. digits: part ("all"; "train", 5 of 6 images; "test", the
@@ -58,11 +57,16 @@ def get_config() -> ml_collections.ConfigDict:
   config.objective = config_dict.create(
     kind="equilibrium",  # or "flow_matching"
     schedule=config_dict.create(  # target magnitude c(γ): the attributes of eqm_jax.Schedule
-      kind="truncated",  # "constant", "linear", "truncated" or "piecewise"
-      a=0.8,  # γ from which c falls to zero
+      kind="truncated",  # "constant", "linear", "truncated", "piecewise", "self_stopping" or "power"
+      a=0.8,  # γ from which "truncated" and "piecewise" fall to zero
       b=2.0,  # c(0) / λ of "piecewise"
+      breakpoint=0.9,  # time at which "self_stopping" slows down
+      exponent=0.8,  # p of "power", λ·(1−γ)^p
       multiplier=4.0,  # λ
     ),
+    # Density of γ: "uniform"; "logit_normal", with mean and deviation of logit(γ); "consistent", ∝ 1/max(c/λ, floor),
+    # where the floor may be 0 if 1/c can be normalised (docs/options.md). The attributes of eqm_jax.GammaDensity.
+    gamma=config_dict.create(kind="uniform", mean=0.0, deviation=1.0, floor=0.0),
     label_dropout=0.1,  # fraction of samples trained with the null class
     dispersive_weight=0.0,  # of the dispersive loss; the released code uses 0 or 0.5
     clean_fraction=0.0,  # fraction of samples at γ = 1 exactly; helps in few dimensions
@@ -120,11 +124,8 @@ def get_config() -> ml_collections.ConfigDict:
       batch_size=64,  # images at a time on each device
     ),
     save_npz=False,  # also write the images of each row, as ADM's evaluator reads them
-    during_training=config_dict.create(  # metrics go to the log, and the best checkpoint is kept
-      every=placeholder(int),  # steps; None: never
-      num_samples=200,
-      sampler="adaptive",  # one of the samplers
-    ),
+    # With one of the samplers, `every` so many steps (None: never): metrics go to the log, the best checkpoint is kept.
+    during_training=config_dict.create(every=placeholder(int), num_samples=200, sampler="adaptive"),
     classifier_accuracy=True,  # fraction of samples to which a classifier gives the label they were drawn with
     plot_sampler=FieldReference("adaptive"),  # the sampler whose trajectories are drawn; None: no picture
     benchmark_samplers=(),  # samplers whose speed is compared: sampled again in turn, median time
@@ -157,11 +158,9 @@ def get_config() -> ml_collections.ConfigDict:
       # Outliers: noise, or the images themselves, changed. "photographs" need a model of pixels.
       against=("uniform", "gaussian", "constant", "shuffled", "rotated", "inverted", "photographs"),
     ),
-    compose=config_dict.create(  # a sum of fields, one term for each entry
-      labels=(3, 8),
-      weights=(0.5, 0.5),  # 1 minus their sum weighs the field of the null class
-      checkpoints=placeholder(tuple),  # a path or None (the model itself) for each term; None: always the model itself
-    ),
+    # A sum of fields, one term for each entry; 1 minus the sum of the weights weighs the field of the null class. Of
+    # checkpoints each is a path or None (the model itself); None: always the model itself.
+    compose=config_dict.create(labels=(3, 8), weights=(0.5, 0.5), checkpoints=placeholder(tuple)),
     inpaint=config_dict.create(
       mask="right",  # is generated: "left", "right", "top", "bottom", "centre", "all", or an .npy [H, W] of 0 and 1
       gamma=0.0,  # at the start; 0: nothing under the mask is kept
@@ -199,7 +198,7 @@ def sampler(**overrides: Any) -> ml_collections.ConfigDict:
     # Descents: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin". ODE solvers: "euler", "heun", "tsit5", "dopri5",
     # and for a model with time_input "euler_maruyama".
     rule="gd",
-    step_size=FieldReference(0.003, field_type=object),  # η, or "auto": 2 / (λ · max_nfe)
+    step_size=FieldReference(0.003, field_type=object),  # η, or "auto": 2 / (λ · max_nfe), for the default c(γ)
     momentum=0.0,  # μ of "nag" and "nesterov"
     temperature=0.0,  # T of "langevin"
     max_nfe=249,  # network calls per sample at most; one call with guidance counts once

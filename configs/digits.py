@@ -55,11 +55,8 @@ def samplers(config):
 def flow_matching_untimed(config):
   """The baseline without γ as input, on the same data, steps and seeds. GD with η = 1/N is Euler's method."""
   config.objective.kind = "flow_matching"
-  config.samplers = dict(
-    gd=base.sampler(step_size=1 / 249),
-    nag=base.sampler(rule="nag", momentum=0.3, step_size=1 / 249),
-    heun=base.sampler(rule="heun"),
-  )
+  config.samplers = dict(gd=base.sampler(step_size=1 / 249), heun=base.sampler(rule="heun"))
+  config.samplers.nag = base.sampler(rule="nag", momentum=0.3, step_size=1 / 249)
   config.evaluation.plot_sampler = None
   _default_sampler(config, "gd")
 

@@ -84,8 +84,7 @@ def network(config, size: str, patch: int, override):
     config.train.steps = 7_000_000  # 1,400 epochs
   published = "published_xl2" if size == "XL" else "published_b2"
   config.evaluation.samplers = (published,)
-  config.evaluation.during_training.sampler = published
-  config.sample.sampler = published
+  config.evaluation.during_training.sampler = config.sample.sampler = published
   override(config)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` do
   from eqm_jax.equilibrium.field import compose as compose
   from eqm_jax.equilibrium.field import field as field
   from eqm_jax.equilibrium.field import guided as guided
+  from eqm_jax.equilibrium.gamma import GammaDensity as GammaDensity
   from eqm_jax.equilibrium.objective import Schedule as Schedule
   from eqm_jax.equilibrium.objective import corrupt as corrupt
   from eqm_jax.equilibrium.objective import magnitude as magnitude
@@ -51,6 +52,7 @@ _HOMES = {
   "magnitude": "equilibrium.objective",
   "corrupt": "equilibrium.objective",
   "Schedule": "equilibrium.objective",
+  "GammaDensity": "equilibrium.gamma",
   "oracle_field": "equilibrium.oracle",
 }
 __all__ = [  # spelled out for type checkers
@@ -73,6 +75,7 @@ __all__ = [  # spelled out for type checkers
   "magnitude",
   "corrupt",
   "Schedule",
+  "GammaDensity",
   "oracle_field",
 ]
 

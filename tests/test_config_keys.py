@@ -21,7 +21,7 @@ from eqm_jax.report import lab
 from eqm_jax.sampling.generator import Generator
 
 # Sections whose keys are read as attributes of what is made with `**section`: test_configs.py compares them.
-PASSED_ON = ("model.", "objective.schedule.", "mesh.", "prepare.fit.model.")
+PASSED_ON = ("model.", "objective.schedule.", "objective.gamma.", "mesh.", "prepare.fit.model.")
 # Names of functions' arguments that are sections. Attributes of other names do not count as keys.
 SECTIONS = {"config", "options", "_options", "requested", "row"}
 METHODS = set(dir(ml_collections.ConfigDict))

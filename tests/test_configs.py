@@ -17,6 +17,7 @@ from conftest import ROOT, environment, load_config
 from ml_collections import config_flags
 
 from eqm_jax.data import sources
+from eqm_jax.equilibrium.gamma import GammaDensity
 from eqm_jax.equilibrium.objective import Schedule
 from eqm_jax.networks import dit
 from eqm_jax.networks.autoencoder import Autoencoder
@@ -102,6 +103,7 @@ def test_sections_that_are_passed_on_whole_are_the_arguments_of_what_takes_them(
   base = base_keys()
   assert set(base["model"]) == set(dit.DiT.__dataclass_fields__) - {"parent", "name"}
   assert set(base["objective"]["schedule"]) == set(Schedule.__dataclass_fields__)
+  assert set(base["objective"]["gamma"]) == set(GammaDensity.__dataclass_fields__)
   assert set(base["mesh"]) == set(inspect.signature(sharding.make_mesh).parameters) - {"devices"}
   assert set(base["prepare"]["fit"]["model"]) < set(Autoencoder.__dataclass_fields__)
 
@@ -167,8 +169,9 @@ def test_all_configs_together_are_short():
 
 
 def test_the_report_has_texts_for_every_claim():
-  claims = load_config("report").report.text.claims
-  assert set(claims) == set(report.CLAIMS)
+  papers, beyond = (load_config("report", variant).report.text.claims for variant in ("", "beyond"))
+  claims = papers.to_dict() | beyond.to_dict()
+  assert set(claims) == set(report.CLAIMS) and not set(papers) & set(beyond)
   assert all(title and paper for title, paper in claims.values())
 
 

@@ -57,6 +57,8 @@ def modes() -> None:
 
 def training(data: jax.Array, noise: jax.Array, gamma: jax.Array) -> jax.Array:
   schedule = eqm_jax.Schedule(kind="truncated", a=0.8, multiplier=4.0)
+  density = eqm_jax.GammaDensity(kind="consistent", floor=0.05)
+  noise = eqm_jax.oracle_field(data, schedule, density=density)(noise)
   x: jax.Array = eqm_jax.corrupt(data, noise, gamma)
   c: jax.Array = eqm_jax.magnitude(gamma, schedule)
   return (noise - data) * c[:, None, None, None] + x

@@ -271,8 +271,9 @@ def _trained_descents(w: Workspace, count: int) -> Descents | None:
     return None
   name, row = adaptive[0], w.config.samplers[adaptive[0]]
   key = state_lib.stream_key(w.config.evaluation.seed, "samples")
-  multiplier = evaluator.schedule_of(w.config).multiplier
-  generator = Generator(w.trained.model, w.trained.params, key, w.batch_size, multiplier)
+  schedule = evaluator.schedule_of(w.config)
+  length = sampler.auto_length(schedule)
+  generator = Generator(w.trained.model, w.trained.params, key, w.batch_size, schedule.multiplier, length)
   options = generator.descent_options(row)
   threshold = options.pop("threshold")
   return Descents(

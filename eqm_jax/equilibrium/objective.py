@@ -1,6 +1,6 @@
 """The training objective of Equilibrium Matching (arXiv 2510.02300, section 3).
 
-    x_γ = γ·x + (1−γ)·ε          γ ~ U(0, 1): 0 is noise, 1 is data
+    x_γ = γ·x + (1−γ)·ε          γ ~ U(0, 1): 0 is noise, 1 is data (gamma.py has other densities)
     L   = ‖f(x_γ) − (ε − x)·c(γ)‖²
 
 The network f never sees γ. It points uphill, from data to noise, so sampling
@@ -11,13 +11,16 @@ the batch mean.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-KINDS = ("constant", "linear", "truncated", "piecewise")
+from eqm_jax import checks
+
+KINDS = ("constant", "linear", "truncated", "piecewise", "self_stopping", "power")
 
 
 @jax.tree_util.register_static  # it may be an argument of jitted functions
@@ -25,29 +28,102 @@ KINDS = ("constant", "linear", "truncated", "piecewise")
 class Schedule:
   """Magnitude c(γ) of the target gradient, times the multiplier λ.
 
-  constant   c = λ                                     (flow matching's end point)
-  linear     c = λ·(1−γ)
-  truncated  c = λ for γ ≤ a, else λ·(1−γ)/(1−a)       (the paper's best, a = 0.8)
-  piecewise  c = λ·(b − (b−1)·γ/a) for γ ≤ a, else λ·(1−γ)/(1−a)
+  constant       c = λ                                     (flow matching's end point)
+  linear         c = λ·(1−γ)
+  truncated      c = λ for γ ≤ a, else λ·(1−γ)/(1−a)       (the paper's best, a = 0.8)
+  piecewise      c = λ·(b − (b−1)·γ/a) for γ ≤ a, else λ·(1−γ)/(1−a)
+  self_stopping  c = λ·2/(1+t) for γ ≤ 2t/(1+t), else λ·2·√((1−γ)/(1−t²)), t the breakpoint
+                 (Beckmann Transport Models, arXiv 2608.01692)
+  power          c = λ·(1−γ)^p, p the exponent
 
   The defaults are the released ones: c(γ) = 4·min(1, 5·(1−γ)).
 
+  Attributes:
+    kind: one of these.
+    a: in [0, 1), and above 0 for "piecewise".
+    b: positive.
+    multiplier: λ, positive.
+    breakpoint: in [0, 1): the time at which the path of "self_stopping" begins to slow down.
+    exponent: positive.
+
   Raises:
-    ValueError: for an unknown kind, a outside [0, 1) or a λ that is not positive.
+    ValueError: for an unknown kind, or an attribute outside its range.
   """
 
   kind: str = "truncated"
   a: float = 0.8
   b: float = 2.0
   multiplier: float = 4.0
+  breakpoint: float = 0.9
+  exponent: float = 0.8
 
   def __post_init__(self):
-    if self.kind not in KINDS:
-      raise ValueError(f"schedule: kind = {self.kind!r} is not known: choose one of {', '.join(KINDS)}")
-    if not 0 <= self.a < 1 or (self.kind == "piecewise" and self.a == 0):
-      raise ValueError(f"schedule: a = {self.a} must be in [0, 1), and above 0 for 'piecewise'; the paper's is 0.8")
-    if not self.multiplier > 0:
-      raise ValueError(f"schedule: multiplier = {self.multiplier} must be positive; the paper's is 4")
+    checks.one_of("schedule.kind", self.kind, KINDS)
+    is_piecewise = self.kind == "piecewise"
+    checks.in_interval("schedule.a", self.a, 0, 1, open_low=is_piecewise, open_high=True, remedy="the paper's is 0.8")
+    for name, remedy in (("b", "it is c(0)/λ"), ("multiplier", "the paper's is 4"), ("exponent", "1 is 'linear'")):
+      ends = dict(open_low=True, open_high=True)
+      checks.in_interval(f"schedule.{name}", getattr(self, name), 0, math.inf, **ends, remedy=remedy)
+    checks.in_interval("schedule.breakpoint", self.breakpoint, 0, 1, open_high=True, remedy="0.9 is in use")
+
+  @property
+  def fall(self) -> float:
+    """γ from which c falls to zero; a for the kinds that fall from the start, or never."""
+    return 2 * self.breakpoint / (1 + self.breakpoint) if self.kind == "self_stopping" else self.a
+
+  @property
+  def pieces(self) -> tuple["Piece", ...]:
+    """c(γ)/λ as powers of linear functions, from γ = 0 to 1."""
+    whole, tail = (0.0, 1.0), Piece(self.fall, 1.0, 1.0, 0.0)
+    if self.kind == "constant":
+      pieces = (Piece(*whole, 1.0, 1.0),)
+    elif self.kind in ("linear", "power"):
+      pieces = (Piece(*whole, 1.0, 0.0, self.exponent if self.kind == "power" else 1.0),)
+    elif self.kind == "self_stopping":
+      first = 2 / (1 + self.breakpoint)
+      pieces = (Piece(0.0, self.fall, first, first), Piece(self.fall, 1.0, first**2, 0.0, 0.5))
+    else:
+      pieces = (Piece(0.0, self.a, self.b if self.kind == "piecewise" else 1.0, 1.0), tail)
+    return tuple(piece for piece in pieces if piece.high > piece.low)
+
+  def inverse_integral(self, gamma: float) -> float:
+    """∫ λ/c from 0 to γ < 1: what λ·η·NFE is when the ideal trajectory, dγ = η·c(γ) a step, arrives there."""
+    return sum(piece.until(min(gamma, piece.high)).integral(-1) for piece in self.pieces if piece.low < gamma)
+
+
+class Piece(NamedTuple):
+  """A part of c(γ)/λ: v^power, v linear in γ from v(low) = first to v(high) = last."""
+
+  low: float
+  high: float
+  first: float
+  last: float
+  power: float = 1.0
+
+  @property
+  def slope(self) -> float:
+    """dv/dγ."""
+    return (self.last - self.first) / (self.high - self.low)
+
+  def until(self, gamma: float) -> "Piece":
+    """The part below γ, which is inside."""
+    return self._replace(high=gamma, last=self.first + (gamma - self.low) * self.slope)
+
+  def since(self, gamma: float) -> "Piece":
+    """The part above γ, which is inside."""
+    return self._replace(low=gamma, first=self.first + (gamma - self.low) * self.slope)
+
+  def integral(self, power: float) -> float:
+    """∫ (c/λ)^power dγ over the piece; infinite where it diverges."""
+    exponent = self.power * power + 1
+    if self.first == self.last:
+      return (self.high - self.low) * self.first ** (exponent - 1)
+    if self.last == 0 and exponent <= 0:
+      return math.inf
+    log_ratio = math.log(self.last / self.first) if self.last else -math.inf
+    # (last^q − first^q)/q, which tends to the logarithm as q → 0.
+    mean = self.first**exponent * math.expm1(exponent * log_ratio) / exponent if exponent else log_ratio
+    return mean / self.slope
 
 
 def magnitude(gamma: jax.Array, schedule: Schedule = Schedule()) -> jax.Array:
@@ -60,26 +136,21 @@ def magnitude(gamma: jax.Array, schedule: Schedule = Schedule()) -> jax.Array:
     c = 1 - gamma
   elif s.kind == "truncated":
     c = jnp.minimum(1, tail)
+  elif s.kind == "self_stopping":
+    t = s.breakpoint
+    c = 2 * jnp.minimum(1 / (1 + t), jnp.sqrt(jnp.maximum(1 - gamma, 0) / (1 - t**2)))
+  elif s.kind == "power":
+    c = jnp.maximum(1 - gamma, 0) ** s.exponent
   else:
     c = jnp.where(gamma <= s.a, s.b - (s.b - 1) * gamma / s.a, tail)
   return s.multiplier * c
 
 
-def mean_square_magnitude(schedule: Schedule) -> float:
-  """E[c(γ)²] over γ ~ U(0, 1), in closed form; 13.867 for the released schedule.
-
-  The loss of a network with output zero is E[c²]·(1 + Var(data)), so a loss
-  divided by this number can be compared across schedules.
-  """
-  s = schedule
-  tail = (1 - s.a) / 3
-  mean_square = {
-    "constant": 1.0,
-    "linear": 1 / 3,
-    "truncated": s.a + tail,
-    "piecewise": s.a * (s.b**2 + s.b + 1) / 3 + tail,
-  }[s.kind]
-  return s.multiplier**2 * mean_square
+def schedule_of(options: Any) -> Schedule:
+  """c(γ) of a config's section `objective`; that of flow matching is c ≡ 1."""
+  if options.kind == "equilibrium":
+    return Schedule(**options.schedule)
+  return Schedule("constant", multiplier=1.0)
 
 
 def corrupt(data: jax.Array, noise: jax.Array, gamma: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from eqm_jax import checks
 from eqm_jax.equilibrium import meshes, reports, update_rules
 from eqm_jax.equilibrium.field import with_labels
-from eqm_jax.equilibrium.objective import per_sample
+from eqm_jax.equilibrium.objective import Schedule, per_sample
 from eqm_jax.equilibrium.pytrees import Scalar, ShortRepr, as_pytree, concrete, is_traced
 
 
@@ -33,8 +33,10 @@ class Status(enum.IntEnum):
   DIVERGED = 2  # f or the next x was not finite; x is the last finite one
 
 
-# λ·η·NFE of step_size="auto": the ideal trajectory is at γ = 0.8 after 0.4 of them.
+# λ·η·NFE of step_size="auto", for the released c(γ): the ideal trajectory is at γ = 0.8 after 0.4 of them.
 AUTO_LENGTH = 2.0
+# γ of the ideal trajectory at the end, and the longest length for a c(γ) that never brings it there.
+ARRIVED, LONGEST = 1 - 5e-4, 8.0
 
 # Keys of a sample besides its start noise, folded in where no sample index reaches.
 RESTART, WALK = 2**32 - 1, 2**32 - 2
@@ -121,7 +123,8 @@ def descend(
     step_size: η > 0. The product λ·η·NFE should be about 1.2 to 3, and
       η below 0.1 for the released c(γ), or the descent is unstable near the data.
       A function gives η from a sample's NFE so far. "auto" is
-      2/(λ·max_nfe), for a few steps; give λ as `multiplier`.
+      2/(λ·max_nfe), for a few steps; give λ as `multiplier`. For another c(γ) give
+      auto_length(schedule)/(λ·max_nfe).
     max_nfe: the budget of each sample; the paper's "250 steps" is 249.
     momentum: μ in (0, 1), for "nag" and "nesterov".
     rule: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin", an
@@ -168,6 +171,12 @@ def descend(
   return reports.reporting(
     progress, max_nfe, lambda reporter: meshes.call(run, (*arguments, reporter), like=x0, out_specs=specs)
   )
+
+
+def auto_length(schedule: Schedule) -> float:
+  """λ·η·NFE that brings the ideal trajectory, dγ = η·c a step, as near to the data as 2 do with the released c(γ)."""
+  length = AUTO_LENGTH * schedule.inverse_integral(ARRIVED) / Schedule().inverse_integral(ARRIVED)
+  return min(length, LONGEST)
 
 
 @functools.partial(jax.jit, static_argnames="record_fn")

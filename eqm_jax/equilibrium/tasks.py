@@ -100,7 +100,7 @@ def inpaint(
 ) -> sampler.Result:
   """Painting of the masked pixels, to fit the others; with another class, editing of an image.
 
-  First, for `settle` evaluations of the field, the level rises from `gamma` to the schedule's a. At each,
+  First, for `settle` evaluations of the field, the level rises from `gamma` to where the schedule falls. At each,
   the picture so far is mixed with fresh noise; the field there gives the next
   picture, x̂ = x − (1−γ)/c(γ)·f(x), whose known pixels are put right. Fresh noise
   keeps the painted pixels from settling on what one noise happened to suggest.
@@ -156,7 +156,7 @@ def inpaint(
 def _settle(field, images, key, index_B, *, schedule: Schedule, settle: int):
   """Where the descent starts, and the noise that is in it."""
   image, unknown, gamma_B = images
-  last_B = jnp.maximum(gamma_B, schedule.a) if settle else gamma_B
+  last_B = jnp.maximum(gamma_B, schedule.fall) if settle else gamma_B
 
   def noise_at(k):
     step_key = jax.random.fold_in(jax.random.fold_in(key, jnp.uint32(SETTLE)), k)

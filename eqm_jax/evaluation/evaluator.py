@@ -22,7 +22,7 @@ from PIL import Image
 
 import eqm_jax
 from eqm_jax import distributed, plotting
-from eqm_jax.equilibrium import objective
+from eqm_jax.equilibrium import gamma, objective, oracle
 from eqm_jax.equilibrium.sampler import Status
 from eqm_jax.evaluation import plane, validation
 from eqm_jax.evaluation.reference_data import PREVIEW, ReferenceData
@@ -150,9 +150,7 @@ def flat(metrics: dict[str, dict[str, float | None]]) -> dict[str, float]:
 
 def schedule_of(config: ml_collections.ConfigDict) -> objective.Schedule:
   """c(γ) of the model that a config trains; flow matching has c ≡ 1."""
-  if config.objective.kind == "equilibrium":
-    return objective.Schedule(**config.objective.schedule)
-  return objective.Schedule("constant", multiplier=1.0)
+  return objective.schedule_of(config.objective)
 
 
 def versions() -> dict[str, str]:
@@ -199,7 +197,7 @@ def _evaluate_row(
   if options.classifier_accuracy:
     result["classifier_accuracy"] = reference.classifier_accuracy(store, labels)
   if generator_lib.is_descent(row):
-    result["eta"] = generator_lib.step_size(row, generator.multiplier)
+    result["eta"] = generator.step_size(row)
   seconds = float(cost.seconds.sum()) / distributed.process_index_and_count()[1]  # processes sample at the same time
   speed = {"seconds": seconds, "images_per_second": options.num_samples / seconds}
   result = {**row.to_dict(), **result, **cost.summary(), **speed}
@@ -270,7 +268,9 @@ def _plot_trajectories(config, generator: Generator, reference: ReferenceData, d
     return
   row = config.samplers[config.evaluation.plot_sampler]
   if reference.in_plane:
-    plane.plot(generator, row, reference.real_N, schedule_of(config), directory)
+    density = gamma.GammaDensity(**config.objective.gamma)
+    optimal = oracle.oracle_field(reference.real_N[: plane.ORACLE_POINTS], schedule_of(config), density=density)
+    plane.plot(generator, row, reference.real_N, optimal, directory)
     return
   num_classes = generator.model.num_classes
   labels = labels_lib.parse("evaluation.plot_sampler", "balanced", min(max(1, num_classes), 10), num_classes)

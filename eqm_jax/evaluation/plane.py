@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from eqm_jax import plotting
-from eqm_jax.equilibrium import energy, objective, oracle
+from eqm_jax.equilibrium import energy, oracle
 from eqm_jax.sampling.generator import Generator, Row
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 SHAPE = (1, 1, 2)  # of a point: an image of one pixel with two channels
 REACH, CELLS = 2.6, 52  # half the side of the plotted square, and cells along the side
 TRAJECTORIES, FRAMES = 80, 60
-ORACLE_POINTS = 600  # data points of the optimal field
+ORACLE_POINTS = 600  # data points that the oracle takes
 
 
-def plot(generator: Generator, row: Row, points_N: np.ndarray, schedule: objective.Schedule, directory: str):
+def plot(generator: Generator, row: Row, points_N: np.ndarray, optimal: oracle.OracleField, directory: str):
   """Writes plane.png: for the network (above) and the oracle (below) the field, its energy, and descents.
 
   The field and the energy are those without a class; the network's descents take the classes in turn, and the row's
@@ -31,13 +31,12 @@ def plot(generator: Generator, row: Row, points_N: np.ndarray, schedule: objecti
     generator: the model.
     row: of the config's samplers, one that descends; the oracle takes its step size and budget.
     points_N: the data, [N, 1, 1, 2].
-    schedule: c(γ) of the oracle.
+    optimal: the oracle, of some of the data.
     directory: must exist.
   """
   model = generator.model
   null_labels = np.full(CELLS * CELLS, model.num_classes, np.int32)
   labels = np.arange(TRAJECTORIES, dtype=np.int32) % max(1, model.num_classes)
-  optimal = oracle.oracle_field(points_N[:ORACLE_POINTS], schedule)
   fields = {"network": generator.field().bind(null_labels), "oracle": optimal}
   descended = {"network": generator.field(row).bind(labels), "oracle": optimal}
   start = generator.noise(np.arange(TRAJECTORIES))

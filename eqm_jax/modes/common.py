@@ -12,6 +12,7 @@ from eqm_jax.data import codec as codec_lib
 from eqm_jax.data import sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.samples import Source
+from eqm_jax.equilibrium import sampler
 from eqm_jax.evaluation import evaluator
 from eqm_jax.networks.dit import DiT
 from eqm_jax.sampling.generator import Generator
@@ -77,12 +78,14 @@ def make_generator(
 
   Without `params` it cannot sample, but check samplers.
   """
+  schedule = evaluator.schedule_of(config)
   return Generator(
     model=model,
     params=params,
     key=state.stream_key(options.seed, "samples"),
     batch_size=options.batch_size,
-    multiplier=evaluator.schedule_of(config).multiplier,
+    multiplier=schedule.multiplier,
+    auto_length=sampler.auto_length(schedule),
     decoder=decoder,
   )
 

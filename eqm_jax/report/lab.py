@@ -25,12 +25,14 @@ EXPECTED: dict[str, Any] = {
   "objective.schedule.kind": "truncated",
   "objective.schedule.a": 0.8,
   "objective.schedule.multiplier": 4.0,
+  "objective.gamma.kind": "uniform",
   "objective.clean_fraction": 0.0,
   "model.energy": "none",
   "model.time_input": False,
   "data.options.part": "train",  # the part "test" is held out
 }
 MULTIPLIER = EXPECTED["objective.schedule.multiplier"]  # λ that report.step_size is for
+CONSISTENT = {"objective.gamma.kind": "consistent"}
 # The models, and how their configs differ from it; everything else is the same for all.
 MODELS: dict[str, dict[str, Any]] = {
   "eqm": {},
@@ -38,6 +40,11 @@ MODELS: dict[str, dict[str, Any]] = {
   "flow_matching_untimed": {"objective.kind": "flow_matching"},
   "linear": {"objective.schedule.kind": "linear"},
   "piecewise": {"objective.schedule.kind": "piecewise"},
+  "self_stopping": {"objective.schedule.kind": "self_stopping"},
+  "consistent": CONSISTENT | {"objective.gamma.floor": 0.05},
+  "linear_consistent": CONSISTENT | {"objective.gamma.floor": 0.05, "objective.schedule.kind": "linear"},
+  "self_stopping_consistent": CONSISTENT | {"objective.schedule.kind": "self_stopping"},
+  "logit_normal": {"objective.gamma.kind": "logit_normal"},
   "lambda_1": {"objective.schedule.multiplier": 1.0},
   "lambda_2": {"objective.schedule.multiplier": 2.0},
   "lambda_8": {"objective.schedule.multiplier": 8.0},
@@ -134,12 +141,14 @@ class Lab:
     """The generator of a model, with the random key of its seed."""
     if (name, seed) not in self._generators:
       loaded = self.models.load(name, seed)
+      schedule = evaluator.schedule_of(self.models.config(name, seed))
       self._generators[name, seed] = Generator(
         model=loaded.model,
         params=loaded.params,
         key=state.stream_key(seed, "samples"),
         batch_size=self.options.batch_size,
-        multiplier=evaluator.schedule_of(self.models.config(name, seed)).multiplier,
+        multiplier=schedule.multiplier,
+        auto_length=sampler.auto_length(schedule),
       )
     return self._generators[name, seed]
 

@@ -15,7 +15,17 @@ from eqm_jax.training import state
 from eqm_jax.training import step as step_lib
 
 REPEATS = 7  # of a timed step, of which the median counts
+GAMMAS = {  # models: their c(γ), and the density of γ
+  "eqm": ("truncated", "uniform"),
+  "consistent": ("truncated", "consistent"),
+  "logit_normal": ("truncated", "logit-normal"),
+  "self_stopping": ("self-stopping", "uniform"),
+  "self_stopping_consistent": ("self-stopping", "consistent"),
+  "linear": ("linear", "uniform"),
+  "linear_consistent": ("linear", "consistent"),
+}
 STEP_SIZE_FACTORS = (0.5, 1, 2, 4)  # among which each c(γ) has its best step size
+_FACTORS = ", ".join(f"{factor:g}" for factor in STEP_SIZE_FACTORS)
 ASYMMETRY_IMAGES = 64
 
 
@@ -68,20 +78,47 @@ def schedules(lab: Lab) -> dict[str, Any]:
   for title, name in names.items():
     # A constant field has length 1 where the others have λ, and arrives after 1/η steps.
     unit = 1 / lab.options.max_nfe if name == "flow_matching_untimed" else lab.options.step_size
-    by_factor = {factor: lab.metrics(name, rule="gd", step_size=unit * factor) for factor in STEP_SIZE_FACTORS}
-    best = min(by_factor, key=lambda factor: np.mean(by_factor[factor]["frechet"]))
-    metrics[title] = by_factor[best]
+    best, metrics[title] = _best_step_size(lab, name, unit)
     rows.append([title, f"{unit * best:.3g}", *map(spread, metrics[title].values())])
   frechet = {title: values["frechet"] for title, values in metrics.items()}
   plot_bars(lab.path("schedules.png"), frechet, xlabel="Fréchet distance")
   truncated, *others = frechet.values()
   return {
     "criterion": "Truncated against each of the others, Fréchet distance by GD, beyond the spread; each at its best of "
-    f"η × {', '.join(f'{factor:g}' for factor in STEP_SIZE_FACTORS)}. Fails if any is better.",
+    f"η × {_FACTORS}. Fails if any is better.",
     "verdict": all_of([lower(truncated, other) for other in others]),
     "columns": ["c(γ)", "best η", "Fréchet ↓", "classifier accuracy ↑"],
     "rows": rows,
     "figures": {"schedules.png": "Fréchet distance by c(γ); λ = 4 but for the constant."},
+    "numbers": metrics,
+  }
+
+
+def _best_step_size(lab: Lab, name: str, unit: float) -> tuple[float, dict[str, list[float]]]:
+  """The factor of the step size that gives a model the lowest Fréchet distance by GD, and its metrics."""
+  by_factor = {factor: lab.metrics(name, rule="gd", step_size=unit * factor) for factor in STEP_SIZE_FACTORS}
+  best = min(by_factor, key=lambda factor: np.mean(by_factor[factor]["frechet"]))
+  return best, by_factor[best]
+
+
+def gammas(lab: Lab) -> dict[str, Any]:
+  """Densities of γ for three c(γ), each at its best step size."""
+  metrics, rows = {}, []
+  for name, (schedule, density) in GAMMAS.items():
+    factor, metrics[name] = _best_step_size(lab, name, lab.options.step_size)
+    rows.append([schedule, density, f"{lab.options.step_size * factor:.3g}", *map(spread, metrics[name].values())])
+  frechet = {name: values["frechet"] for name, values in metrics.items()}
+  bars = {", ".join(GAMMAS[name]): values for name, values in frechet.items()}
+  plot_bars(lab.path("gammas.png"), bars, xlabel="Fréchet distance")
+  pairs = (("consistent", "eqm"), ("self_stopping_consistent", "self_stopping"), ("linear_consistent", "linear"))
+  return {
+    "criterion": "Consistent against uniform γ for each c(γ), Fréchet distance by GD, beyond the spread; each at its "
+    f"best of η × {_FACTORS}. Fails if uniform γ is better for any.",
+    "verdict": all_of([lower(frechet[consistent], frechet[uniform]) for consistent, uniform in pairs]),
+    "columns": ["c(γ)", "γ", "best η", "Fréchet ↓", "classifier accuracy ↑"],
+    "rows": rows,
+    "figures": {"gammas.png": "Fréchet distance by c(γ) and the density of γ."},
+    "notes": ["Consistent: density ∝ 1/c(γ), for truncated and linear c with the floor .05. Logit-normal: N(0, 1)."],
     "numbers": metrics,
   }
 

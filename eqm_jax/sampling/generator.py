@@ -58,6 +58,7 @@ class Generator:
   key: jax.Array  # the random numbers of sample i depend on (key, i) alone
   batch_size: int  # samples in flight on each device
   multiplier: float  # λ of the field
+  auto_length: float = sampler.AUTO_LENGTH  # λ·η·NFE of the step size "auto"; it depends on c(γ)
   decoder: Codec | None = None  # turns latents into images; None: the samples are shown as they are
   class_names: Sequence[str] | None = None  # shown beside labels; None: they have none
 
@@ -112,11 +113,15 @@ class Generator:
     """The model's field, (x, labels) → f, with the guidance of a row."""
     return field_lib.field(self.model, self._replicated_params, **(guidance_options(row) if row else {}))
 
+  def step_size(self, row: Row) -> float:
+    """η of a descent, with "auto" resolved."""
+    return self.auto_length / (self.multiplier * row.max_nfe) if row.step_size == "auto" else row.step_size
+
   def descent_options(self, row: Row) -> dict[str, Any]:
     """Arguments of `equilibrium.descend` for a row."""
     return {
       "rule": row.rule,
-      "step_size": step_size(row, self.multiplier),
+      "step_size": self.step_size(row),
       "momentum": row.momentum,
       "temperature": row.temperature,
       "key": self.key,
@@ -247,11 +252,6 @@ def guidance_options(row: Row) -> dict[str, Any]:
     "guidance_channels": row.guidance_channels,
     "guidance_interval": row.guidance_interval,
   }
-
-
-def step_size(row: Row, multiplier: float) -> float:
-  """η of a descent, with "auto" resolved for a field of multiplier λ."""
-  return sampler.AUTO_LENGTH / (multiplier * row.max_nfe) if row.step_size == "auto" else row.step_size
 
 
 def warn_unfinished(name: str, row: Row, result: sampler.Result):

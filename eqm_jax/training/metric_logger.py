@@ -16,7 +16,7 @@ import tensorboardX
 from PIL import Image
 
 from eqm_jax import distributed, hardware
-from eqm_jax.equilibrium import objective
+from eqm_jax.equilibrium import gamma, objective
 from eqm_jax.io import atomic_write
 from eqm_jax.progress import Heartbeat, bar, duration, in_notebook
 from eqm_jax.training.wandb_run import WandbRun
@@ -254,9 +254,10 @@ def loss_scale(config: ml_collections.ConfigDict) -> float:
   """E[c²] of the samples; 1 for flow matching, which has c ≡ 1. `config` is the section objective."""
   if config.kind != "equilibrium":
     return 1.0
-  schedule = objective.Schedule(**config.schedule)
+  schedule = objective.schedule_of(config)
   at_data = float(objective.magnitude(jnp.ones(()), schedule)) ** 2
-  return (1 - config.clean_fraction) * objective.mean_square_magnitude(schedule) + config.clean_fraction * at_data
+  elsewhere = gamma.mean_square_magnitude(schedule, gamma.GammaDensity(**config.gamma))
+  return (1 - config.clean_fraction) * elsewhere + config.clean_fraction * at_data
 
 
 def _text(metrics: Mapping[str, float], digits: int) -> str:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from eqm_jax.data.codec import encode_batch
-from eqm_jax.equilibrium import energy, objective
+from eqm_jax.equilibrium import energy, gamma, objective
 from eqm_jax.networks.autoencoder import Autoencoder, posterior_sample
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import sharding
@@ -108,7 +108,8 @@ def sample_noise(model: DiT, config: ml_collections.ConfigDict, label_B: jax.Arr
   """Samples γ, noise, dropped labels and the posterior's noise; `config` is the objective section."""
   key_data, key_gamma, key_noise, key_label, key_clean = jax.random.split(key, 5)
   shape_BxHxWxC = (*label_B.shape, *model.input_shape)
-  gamma_B = jax.random.uniform(key_gamma, label_B.shape)
+  density, schedule = gamma.GammaDensity(**config.gamma), objective.schedule_of(config)
+  gamma_B = gamma.quantile(jax.random.uniform(key_gamma, label_B.shape), density, schedule)
   gamma_B = jnp.where(jax.random.bernoulli(key_clean, config.clean_fraction, label_B.shape), 1.0, gamma_B)
   dropped_B = jax.random.bernoulli(key_label, config.label_dropout, label_B.shape)
   return BatchNoise(
@@ -139,7 +140,7 @@ def loss_with_noise(
 
   inputs = field_fn, data_BxHxWxC, noise.noise_BxHxWxC, noise.gamma_B
   if config.kind == "equilibrium":
-    loss_B, tokens = objective.equilibrium_loss(*inputs, objective.Schedule(**config.schedule), has_aux=True)
+    loss_B, tokens = objective.equilibrium_loss(*inputs, objective.schedule_of(config), has_aux=True)
   else:
     loss_B, tokens = objective.flow_matching_loss(*inputs, time_conditional=model.time_input, has_aux=True)
   loss = jnp.mean(loss_B)

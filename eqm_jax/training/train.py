@@ -26,7 +26,6 @@ from eqm_jax.checkpoints import pretrained
 from eqm_jax.data import pipeline, sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.samples import Source
-from eqm_jax.equilibrium import objective
 from eqm_jax.evaluation.reference_data import ReferenceData
 from eqm_jax.io import workdir_lock, write_json
 from eqm_jax.networks import attention, flops
@@ -157,7 +156,6 @@ def _lay_out(config: ml_collections.ConfigDict) -> _Layout:
   attention.check(model.attention)
   validation.check_config(config, model)
   wandb_run.check(config.train.wandb_project)
-  objective.Schedule(**config.objective.schedule)  # refuses a bad one
   optimizer = state_lib.make_optimizer(config.optimizer, config.train.steps)
   mesh = sharding.make_mesh(**config.mesh)
   batch_sharding = sharding.batch_sharding(mesh, config.train.batch_size, config.train.grad_accum_steps)

@@ -12,7 +12,8 @@ from eqm_jax.checkpoints import pretrained
 from eqm_jax.checks import at_least, in_interval, one_of
 from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.samples import Source
-from eqm_jax.equilibrium import energy
+from eqm_jax.equilibrium import energy, gamma
+from eqm_jax.equilibrium.objective import Schedule, schedule_of
 from eqm_jax.io import read_json
 from eqm_jax.networks.dit import DiT
 
@@ -126,6 +127,11 @@ def _check_objective(config: ml_collections.ConfigDict, model: DiT):
   options = config.objective
   one_of("objective.kind", options.kind, ("equilibrium", "flow_matching"))
   one_of("objective.second_order", options.second_order, energy.SECOND_ORDER)
+  try:
+    Schedule(**options.schedule)  # of flow matching, too, which does not use it
+    gamma.check(gamma.GammaDensity(**options.gamma), schedule_of(options))
+  except ValueError as error:
+    raise ValueError(f"objective.{error}") from error
   if options.kind == "equilibrium" and model.time_input:
     raise ValueError(
       "model.time_input = True, but objective.kind = 'equilibrium' trains a field without time: set "

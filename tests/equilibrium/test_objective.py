@@ -1,10 +1,10 @@
-import itertools
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from eqm_jax.equilibrium import objective
+from eqm_jax.equilibrium.gamma import mean_square_magnitude
 from eqm_jax.equilibrium.objective import Schedule
 
 
@@ -14,14 +14,30 @@ def test_released_magnitude_at_the_papers_points():
 
 
 @pytest.mark.parametrize("kind", objective.KINDS)
-def test_mean_square_is_the_integral_of_the_magnitude(kind):
-  """At the ends of the ranges of a, b and the multiplier, and at random places between."""
-  low, high = (0.05, 1.0, 0.1), (0.95, 4.0, 8.0)
-  gamma = np.linspace(0, 1, 20_001)
-  for a, b, multiplier in [*itertools.product(*zip(low, high)), *np.random.default_rng(0).uniform(low, high, (32, 3))]:
-    schedule = Schedule(kind, float(a), float(b), float(multiplier))
-    c = np.asarray(objective.magnitude(jnp.asarray(gamma), schedule), np.float64)
-    np.testing.assert_allclose(objective.mean_square_magnitude(schedule), np.trapezoid(c**2, gamma), rtol=1e-3)
+def test_the_pieces_are_the_magnitude(kind):
+  """At the ends of the ranges of the attributes, and at random places between."""
+  low, high = np.array([0.05, 0.1, 0.1, 0.0, 0.2]), np.array([0.95, 4.0, 8.0, 0.95, 3.0])
+  gamma = np.linspace(0, 1, 201)
+  for numbers in [low, high, *np.random.default_rng(0).uniform(low, high, (20, 5))]:
+    schedule = Schedule(kind, *map(float, numbers))
+    by_pieces = np.full_like(gamma, np.nan)
+    for piece in schedule.pieces:
+      inside = (gamma >= piece.low) & (gamma <= piece.high)
+      v = piece.first + (gamma[inside] - piece.low) * piece.slope
+      by_pieces[inside] = schedule.multiplier * np.maximum(v, 0) ** piece.power
+    with jax.enable_x64(True):
+      np.testing.assert_allclose(objective.magnitude(jnp.asarray(gamma), schedule), by_pieces, atol=1e-6)
+
+
+def test_the_self_stopping_magnitude_is_the_speed_of_its_path():
+  """dγ/dt of γ = 2t/(1+t_c) up to t_c, then 1−γ = (1−t)²/(1−t_c²)."""
+  t, t_c, step = np.linspace(0.001, 0.999, 999), 0.9, 1e-6
+  path = lambda t: np.where(t <= t_c, 2 * t / (1 + t_c), 1 - (1 - t) ** 2 / (1 - t_c**2))  # noqa: E731
+  speed = (path(t + step) - path(t - step)) / (2 * step)
+  with jax.enable_x64(True):
+    schedule = Schedule("self_stopping", breakpoint=t_c, multiplier=1.0)
+    np.testing.assert_allclose(objective.magnitude(jnp.asarray(path(t)), schedule), speed, atol=1e-5)
+  np.testing.assert_allclose(path(t_c), schedule.fall)
 
 
 @pytest.mark.parametrize("kind", objective.KINDS)
@@ -42,7 +58,7 @@ def test_zero_network_has_the_expected_loss():
   data, noise = (jnp.asarray(rng.normal(size=(4000, 4, 4, 1)), jnp.float32) for _ in range(2))
   gamma = jnp.asarray(rng.uniform(size=4000), jnp.float32)
   loss_B = objective.equilibrium_loss(jnp.zeros_like, data, noise, gamma, Schedule())
-  np.testing.assert_allclose(loss_B.mean(), 2 * objective.mean_square_magnitude(Schedule()), rtol=0.03)
+  np.testing.assert_allclose(loss_B.mean(), 2 * mean_square_magnitude(Schedule()), rtol=0.03)
 
 
 def test_time_free_flow_matching_is_equilibrium_matching_with_constant_magnitude():
@@ -79,7 +95,11 @@ def test_dispersive_loss_of_bfloat16_is_computed_in_float32():
     (dict(kind="cosine"), "cosine"),
     (dict(a=1.0), "a = 1.0"),
     (dict(kind="piecewise", a=0.0), "a = 0.0"),
+    (dict(kind="piecewise", b=0.0), "b = 0.0"),
     (dict(multiplier=0.0), "multiplier = 0.0"),
+    (dict(kind="self_stopping", breakpoint=1.0), r"breakpoint = 1.0 must be in \[0, 1\)"),
+    (dict(kind="self_stopping", breakpoint=-0.1), "breakpoint = -0.1"),
+    (dict(kind="power", exponent=0.0), r"exponent = 0.0 must be in \(0, inf\)"),
   ],
 )
 def test_bad_schedule_is_refused(arguments, text):

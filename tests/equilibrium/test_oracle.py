@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eqm_jax.equilibrium.gamma import GammaDensity, quantile
 from eqm_jax.equilibrium.objective import Schedule, corrupt, target_gradient
 from eqm_jax.equilibrium.oracle import oracle_field
 from eqm_jax.equilibrium.sampler import Status, descend, start_noise
@@ -31,18 +32,22 @@ def test_midpoint_of_antipodal_points_is_a_zero_and_a_saddle():
   np.testing.assert_allclose(jacobian[0, 0], curvature[0], rtol=1e-4)
 
 
-def test_it_is_the_conditional_mean_of_the_target():
+@pytest.mark.parametrize(
+  "schedule, density",
+  [(Schedule(), GammaDensity()), (Schedule("self_stopping"), GammaDensity("logit_normal", mean=0.5))],
+)
+def test_it_is_the_conditional_mean_of_the_target(schedule, density):
   """Against a histogram: one dimension, two points, many draws of (x, ε, γ)."""
-  points, schedule, n = jnp.asarray([[-1.0], [1.0]]), Schedule(), 2_000_000
+  points, n = jnp.asarray([[-1.0], [1.0]]), 1_000_000
   key_x, key_noise, key_gamma = jax.random.split(jax.random.key(0), 3)
   data = points[jax.random.randint(key_x, (n,), 0, 2)]
-  noise, gamma = jax.random.normal(key_noise, (n, 1)), jax.random.uniform(key_gamma, (n,))
+  noise, gamma = jax.random.normal(key_noise, (n, 1)), quantile(jax.random.uniform(key_gamma, (n,)), density, schedule)
   x_gamma, target = jax.device_get(
     jax.jit(lambda *drawn: (corrupt(*drawn)[:, 0], target_gradient(*drawn, schedule)[:, 0]))(data, noise, gamma)
   )
   for center in (-1.6, -0.5, 0.3, 0.8):
     near = np.abs(x_gamma - center) < 0.02
-    expected = apply(oracle_field(points, schedule, nodes=20_000), jnp.asarray([[center]]))[0, 0]
+    expected = apply(oracle_field(points, schedule, density=density, nodes=20_000), jnp.asarray([[center]]))[0, 0]
     error = float(np.std(target[near]) / near.sum() ** 0.5)
     np.testing.assert_allclose(target[near].mean(), expected, atol=4 * error + 0.01)
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from eqm_jax.equilibrium import sampler, update_rules
+from eqm_jax.equilibrium.objective import KINDS, Schedule, magnitude
 from eqm_jax.equilibrium.sampler import Status, descend
 
 X0 = jnp.asarray([[4.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
@@ -141,6 +142,19 @@ def test_auto_keeps_the_length_of_the_trajectory():
     auto = descend(bowl, X0, step_size="auto", multiplier=4.0, rule="gd", max_nfe=nfe)
     by_hand = descend(bowl, X0, step_size=0.5 / nfe, rule="gd", max_nfe=nfe)
     np.testing.assert_allclose(auto.x, by_hand.x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_length_of_auto_brings_the_ideal_trajectory_of_any_magnitude_to_the_data(kind):
+  schedule, nfe, gamma = Schedule(kind, multiplier=3.0), 2000, jnp.zeros(())
+  step_size = sampler.auto_length(schedule) / (schedule.multiplier * nfe)
+  gamma = jax.lax.fori_loop(0, nfe, lambda _, gamma: gamma + step_size * magnitude(gamma, schedule), gamma)
+  np.testing.assert_allclose(1 - gamma, 5e-4, atol=1e-3)
+
+
+def test_the_length_of_auto_is_2_for_the_released_magnitude_and_bounded():
+  assert sampler.auto_length(Schedule()) == sampler.auto_length(Schedule(multiplier=1.0)) == sampler.AUTO_LENGTH
+  assert sampler.auto_length(Schedule("power", exponent=3.0)) == sampler.LONGEST
 
 
 def test_the_threshold_can_be_relative_and_has_a_minimum_of_nfe():

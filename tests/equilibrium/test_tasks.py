@@ -64,6 +64,16 @@ def test_inpainting_finds_the_image_that_fits(digits, rule):
   assert index.tolist() == list(range(10)) and distance.max() < 0.1
 
 
+def test_inpainting_follows_a_self_stopping_magnitude(digits):
+  images, _ = digits
+  schedule, mask = Schedule("self_stopping"), np.zeros((8, 8, 1))
+  mask[:, 4:] = 1
+  field_fn = eqm_jax.oracle_field(images, schedule, density=eqm_jax.GammaDensity("consistent"))
+  result = tasks.inpaint(field_fn, images, mask, KEY, schedule=schedule, tries=3, **STEPS)
+  index, distance = nearest(images, result.x)
+  assert index.tolist() == list(range(10)) and distance.max() < 0.2
+
+
 def test_of_several_tries_the_landscape_chooses(digits):
   images, field_fn = digits
   mask = np.zeros((8, 8, 1))

@@ -9,6 +9,7 @@ from conftest import load_config
 
 from eqm_jax import modes
 from eqm_jax.report import lab, page, report
+from eqm_jax.report.training_claims import GAMMAS
 
 CLAIM = {
   "title": "A < B", "paper": "p", "criterion": "c", "verdict": "holds", "columns": ["a"], "rows": [["1 & 2"]],
@@ -81,8 +82,8 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
 
     return claim
 
-  monkeypatch.setattr(lab, "MODELS", {"eqm": {}})
-  monkeypatch.setattr(report, "CLAIMS", {"first": (measured("first"), 1), "second": (measured("second", True), 1)})
+  claims = {"first": measured("first"), "second": measured("second", fails=True)}
+  monkeypatch.setattr(report, "CLAIMS", {name: report._Measurement(claim, 1) for name, claim in claims.items()})
   caplog.set_level(logging.INFO, "eqm_jax")
   with pytest.raises(OSError, match="disk is full"):
     modes.run("report", small_config(("first", "second")), str(tmp_path))
@@ -127,6 +128,19 @@ def test_bad_input_is_refused(tmp_path, key, value, message):
 def test_other_configs_are_told_where_to_go(tmp_path):
   with pytest.raises(ValueError, match="no section 'report': use --config=configs/report.py"):
     modes.run("report", load_config("digits"), str(tmp_path))
+
+
+@pytest.mark.slow
+def test_densities_of_gamma_are_compared_by_the_models_they_need_alone(tmp_path):
+  config = small_config()
+  other = load_config("report", "beyond")
+  with config.unlocked():
+    config.report.text.claims = {"gammas": other.report.text.claims.gammas}
+  modes.run("report", config, str(tmp_path))
+  claim = json.loads((tmp_path / "report.json").read_text())["claims"]["gammas"]
+  assert [row[:2] for row in claim["rows"]] == [list(pair) for pair in GAMMAS.values()]
+  assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "models").iterdir()} == set(GAMMAS)
+  assert (tmp_path / "figures" / "gammas.png").exists()
 
 
 def test_models_differ_in_what_they_are_compared_by_alone():

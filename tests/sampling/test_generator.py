@@ -6,6 +6,7 @@ import pytest
 from conftest import run_python
 
 from eqm_jax.equilibrium import sampler
+from eqm_jax.equilibrium.objective import Schedule
 from eqm_jax.sampling import generator as generator_lib
 
 LABELS = np.arange(13, dtype=np.int32) % 10
@@ -105,6 +106,8 @@ def test_step_size_auto(row):
   step = 2 / (4.0 * 20)
   expected = noise * (1 - step * (2.0 + LABELS))[:, None, None, None] ** 20
   np.testing.assert_allclose(sample(row, 13).result.x, expected, atol=1e-5)
+  linear = dataclasses.replace(generator(4), auto_length=sampler.auto_length(Schedule("linear")))
+  np.testing.assert_allclose(linear.step_size(row), np.log(1 / 5e-4) / (4.0 * 20), rtol=2e-3)
 
 
 def test_a_threshold_relative_to_lambda(row):

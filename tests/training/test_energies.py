@@ -10,7 +10,7 @@ from conftest import load_config
 
 from eqm_jax.checkpoints import eqm_torch, pretrained
 from eqm_jax.data import builtin
-from eqm_jax.equilibrium import objective
+from eqm_jax.equilibrium import gamma, objective
 from eqm_jax.networks.dit import DiT
 from eqm_jax.training import step, train
 
@@ -47,7 +47,7 @@ def test_an_energy_learns_from_a_zero_output_layer(form, order, tmp_path):
   config = small_config(form, **{"objective.second_order": order, "train.steps": 100, "checkpoint.every": 100})
   train.train(config, str(tmp_path))
   trained = pretrained.load(tmp_path)
-  zero = objective.mean_square_magnitude(objective.Schedule()) * (1 + np.mean(builtin.digits().images ** 2))
+  zero = gamma.mean_square_magnitude(objective.Schedule()) * (1 + np.mean(builtin.digits().images ** 2))
   assert trained.model.energy == form and loss_of(config, trained.params) < 0.9 * zero
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import load_config
 
+from eqm_jax.equilibrium import objective
 from eqm_jax.networks import flops
 from eqm_jax.networks.dit import DiT
-from eqm_jax.training import sharding, state, step
+from eqm_jax.training import metric_logger, sharding, state, step
 
 
 def small(**changes):
@@ -62,6 +63,46 @@ def test_the_state_is_updated_in_place(steps):
   compiled(initial, batch, None)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(initial))
   assert not batch["image"].is_deleted()
+
+
+def test_gamma_comes_from_the_key_of_the_step_and_the_density_alone():
+  config, label_B, key = small(), jnp.zeros(4000, jnp.int32), jax.random.key(3)
+  model = DiT(**config.model).clone(input_size=2)
+
+  def gamma(**changes):
+    config.objective.update_from_flattened_dict({"gamma.kind": "uniform", "clean_fraction": 0.0} | changes)
+    return step.sample_noise(model, config.objective, label_B, key).gamma_B
+
+  uniform = gamma()
+  np.testing.assert_array_equal(uniform, jax.random.uniform(jax.random.split(key, 5)[1], label_B.shape))
+  consistent = gamma(**{"gamma.kind": "consistent", "gamma.floor": 0.1})
+  assert consistent.mean() > uniform.mean() + 0.1, "1/c weighs the γ of small c"
+  assert np.all(np.diff(consistent[np.argsort(uniform)]) > -1e-6)
+  np.testing.assert_allclose(gamma(**{"gamma.kind": "logit_normal"}).std(), 0.21, atol=0.02)
+  clean = gamma(**{"gamma.kind": "consistent", "clean_fraction": 0.25})
+  assert abs(np.mean(clean == 1) - 0.25) < 0.03
+  np.testing.assert_array_equal(clean[clean < 1], consistent[clean < 1])
+  config.objective.kind = "flow_matching"  # of which c ≡ 1
+  np.testing.assert_allclose(gamma(**{"gamma.kind": "consistent"}), uniform, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"clean_fraction": 0.25},
+    {"schedule.kind": "self_stopping", "gamma.kind": "consistent", "clean_fraction": 0.25},
+    {"schedule.kind": "linear", "gamma.kind": "logit_normal", "gamma.mean": 0.5},
+    {"kind": "flow_matching", "gamma.kind": "logit_normal"},
+  ],
+)
+def test_the_loss_scale_is_the_mean_square_of_the_magnitudes_that_are_sampled(changes):
+  config = load_config("digits").objective
+  config.update_from_flattened_dict(changes)
+  model = DiT(**small().model).clone(input_size=2)
+  gamma = step.sample_noise(model, config, jnp.zeros(20_000, jnp.int32), jax.random.key(0)).gamma_B
+  c = objective.magnitude(gamma, objective.schedule_of(config))
+  np.testing.assert_allclose(metric_logger.loss_scale(config), jnp.mean(c**2), rtol=0.03)
 
 
 def test_batches_that_are_not_finite_are_skipped_and_counted():
