@@ -55,6 +55,11 @@ def load(path: str | os.PathLike, num_heads: int | None = None) -> tuple[DINOv2,
   with open(path, "rb") as file:
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
   log.info("%s: DINOv2 %s, SHA-256 %s", path, module.title, sha256)
+  if module.title != DINOv2().title:
+    log.warning(
+      "%s: DINOv2 %s, but FD-DINOv2 is published for %s: distances are not comparable with those of others",
+      path, module.title, DINOv2().title,
+    )  # fmt: skip
   return module, params
 
 
@@ -66,7 +71,7 @@ def _read(path: str) -> dict[str, Any]:
     seen = f"a {type(contents).__name__}"
     if isinstance(contents, Mapping):
       names = [str(name) for name, value in contents.items() if state_dicts.is_tensor(value)]
-      seen = str(names[:3] or list(contents)[:3])
+      seen = str(sorted(names)[:3] or list(contents)[:3])
     raise ValueError(
       f"{path}: holds no weights with DINOv2's published names (cls_token, pos_embed, blocks.0.attn.qkv.weight, ...), "
       f"but {seen}: fetch {SOURCE}"

@@ -26,7 +26,8 @@ def test_the_size_is_read_off_the_file(tmp_path, options, caplog):
   module, params = convert.load(write(tmp_path / "weights.safetensors", weights))
   found = {name: getattr(module, name) for name in options}
   assert found == options and module.num_heads == module.width // 64
-  assert re.search(r"DINOv2 ViT of width \d+ and depth \d/14.*, SHA-256 [0-9a-f]{64}", caplog.text)
+  assert re.search(r"DINOv2 ViT of width \d+ and depth \d/14.*, SHA-256 [0-9a-f]{64}\n", caplog.text)
+  assert "but FD-DINOv2 is published for ViT-L/14: distances are not comparable" in caplog.text
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, dinov2.parameter_shapes(module))
   block, embed = params["blocks_0"], params["patch_embed"]["proj"]
   np.testing.assert_array_equal(block["attn"]["qkv"]["kernel"], weights["blocks.0.attn.qkv.weight"].T)

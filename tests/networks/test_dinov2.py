@@ -1,5 +1,6 @@
 """Agreement with DINOv2 in PyTorch. `pytest tests/networks/test_dinov2.py -n 0 -s` prints the table."""
 
+import json
 import math
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from conftest import ROOT
+from conftest import ROOT, run_python
 from jax.extend.core import jaxprs_in_params
 from PIL import Image
 
@@ -152,6 +153,31 @@ def test_features_are_float32_where_jax_computes_in_float64(loaded):
   with jax.enable_x64(True):
     shape = jax.eval_shape(lambda images: dinov2.features(*loaded, images), GOLDEN["images_64x64"])
   assert shape.dtype == np.float32 and shape.shape == (3, 48)
+
+
+# The features of two images, one on each of two simulated devices, inside an outer jit.
+PROGRAM = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from eqm_jax.checkpoints import dinov2 as convert
+from eqm_jax.networks import dinov2
+
+module, params = convert.load(sys.argv[1] + "/weights.pth", num_heads=3)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+images = np.load(sys.argv[1] + "/golden.npz")["images_64x64"][:2]
+images = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+found = jax.jit(lambda images: dinov2.features(module, params, images))(images)
+json.dump({"places": [len(shard.data) for shard in found.addressable_shards], "found": found.tolist()}, sys.stdout)
+"""
+
+
+@pytest.mark.slow  # compiles the network for two devices
+def test_images_may_lie_on_several_devices():
+  output = json.loads(run_python("-c", PROGRAM, DIRECTORY, devices=2).stdout)
+  assert output["places"] == [1, 1]
+  np.testing.assert_allclose(output["found"], GOLDEN["features_64x64_bicubic"][:2], atol=5e-5)
 
 
 @pytest.mark.parametrize(
