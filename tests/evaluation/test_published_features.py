@@ -157,7 +157,8 @@ def test_grey_and_tiny_samples_are_refused_before_anything_runs(config, generato
 
 @pytest.mark.slow  # compiles a training
 def test_a_training_is_evaluated_in_its_features(config, weights, tmp_path):
-  config.data.update(source="photographs", options=dict(size=16, stride=40, shrink=2))
+  config.data.source = "photographs"
+  config.data.options = dict(size=16, stride=40, shrink=2)
   config.train.steps = 4
   config.evaluation.during_training.update(every=2, num_samples=12, sampler="gd")
   modes.run("train", config, str(tmp_path))
