@@ -2,9 +2,7 @@
 
 The defaults are a small run on 8×8 digits. Any key can be set on the command line: --config.train.steps=100. What may
 be None is a reference of a fixed type (placeholder, FieldReference). Paths start in the working directory, or at `~`.
-
-Each sampler is a row made by `sampler`. Three sections exist only where they apply, and are made by functions, too:
-`prepare` (data sets of latents), its part `fit` (which trains the autoencoder) and `report`.
+Functions make each row of `samplers`, and the sections of some experiments only: `prepare`, `prepare.fit`, `report`.
 """
 
 from typing import Any
@@ -113,7 +111,7 @@ def get_config() -> ml_collections.ConfigDict:
     labels="balanced",  # "balanced": every class in turn; "random"; "none"; or some in turn: "3", "1,5,7-9"
     samplers=placeholder(tuple),  # names of the rows that are evaluated; None: all
     # What distances are computed in: "raw", the numbers of a sample; "classifier", features of a small network fitted
-    # to the real images; "inception", as the published FID.
+    # to the real images; "inception", as the published FID; "dinov2", as FD-DINOv2.
     features=("raw", "classifier"),
     classifier=config_dict.create(steps=300),  # of its training
     inception=config_dict.create(
@@ -122,6 +120,13 @@ def get_config() -> ml_collections.ConfigDict:
       dtype="float32",  # the only choice: bfloat16 moves an FID by more than methods differ
       reference=placeholder(str),  # .npz of the real images' statistics (ours, ADM, pytorch-fid); None: computed
       batch_size=64,  # images at a time on each device
+    ),
+    dinov2=config_dict.create(  # beside each key what differs from inception's
+      path="data/dinov2_vitl14_pretrain.pth",  # of any size; FD-DINOv2 is that of ViT-L/14
+      resize="bicubic",  # to 224×224: "bicubic", antialiased as in PIL, or "tf1"
+      dtype="float32",
+      reference=placeholder(str),  # ours, or ADM's for the images in it
+      batch_size=64,
     ),
     save_npz=False,  # also write the images of each row, as ADM's evaluator reads them
     # With one of the samplers, `every` so many steps (None: never): metrics go to the log, the best checkpoint is kept.
@@ -151,8 +156,7 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=100,  # samples in flight on each device
     seed=0,
     weights="ema",  # "ema" or "model"
-    # γ that the images are noised to; None: they are noisy already.
-    denoise=config_dict.create(gammas=FieldReference((0.0, 0.2, 0.4, 0.6, 0.8))),
+    denoise=config_dict.create(gammas=FieldReference((0.0, 0.2, 0.4, 0.6, 0.8))),  # γ to noise to; None: noisy already
     ood=config_dict.create(
       scores=("norm",),  # "norm", ‖f‖; "energy", of a model with one; "mahalanobis", a Gaussian fitted to data.source
       # Outliers: noise, or the images themselves, changed. "photographs" need a model of pixels.
@@ -175,11 +179,7 @@ def get_config() -> ml_collections.ConfigDict:
     num_samples=800,  # of each descent; rounded up to whole batches
     steps=200,  # training steps with the data set; 0: none
     read_seconds=3.0,  # for which the input pipeline is read alone
-    metrics=config_dict.create(  # on random features
-      samples=1000,  # 0: none
-      real=1000,
-      size=64,  # numbers per feature; at 50,000 × 2,048 all metrics take four minutes on two CPU cores
-    ),
+    metrics=config_dict.create(samples=1000, real=1000, size=64),  # of random features; samples=0: none
     sweeps=config_dict.create(
       over=(),  # any of "batch", "tokens", "depth", "samples", "devices"; (): no sweep
       batch=(8, 32, 128, 512),  # samples, in a training step and in flight

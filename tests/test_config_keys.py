@@ -16,6 +16,7 @@ from PIL import Image
 from test_configs import base_keys
 
 from eqm_jax import modes as modes_lib
+from eqm_jax.evaluation import features
 from eqm_jax.networks import dit
 from eqm_jax.report import lab
 from eqm_jax.sampling.generator import Generator
@@ -323,8 +324,8 @@ def test_every_key_is_read_by_a_run(small, modes, tmp_path):
       other = row.copy_and_resolve_references()
       other.update(rule="heun", tolerance=1e-3)
       generator.check("other", other)
-  if "inception" not in config.evaluation.features:
-    dead = [key for key in dead if not key.startswith("evaluation.inception.")]
+  for name in features.PUBLISHED.keys() - set(config.evaluation.features):
+    dead = [key for key in dead if not key.startswith(f"evaluation.{name}.")]
   if config.autoencoder.path is None:  # samples are pixels
     dead = [key for key in dead if not key.startswith("autoencoder.")]
   dead = [key for key in dead if modes == TASKS or not key.startswith("tasks.")]

@@ -16,14 +16,13 @@ import numpy as np
 from eqm_jax.benchmark import measure
 from eqm_jax.benchmark.network_cases import NotApplicable, Workspace
 from eqm_jax.benchmark.results import Row
-from eqm_jax.checkpoints import inception as inception_checkpoint
 from eqm_jax.checkpoints import manager as checkpoint_manager
 from eqm_jax.data import codec as codec_lib
 from eqm_jax.data import latents, pipeline, sources
 from eqm_jax.data.samples import Source
 from eqm_jax.evaluation import features as features_lib
 from eqm_jax.evaluation import metrics
-from eqm_jax.networks import autoencoder, inception
+from eqm_jax.networks import autoencoder
 from eqm_jax.networks.classifier import Classifier
 from eqm_jax.training import sharding
 from eqm_jax.training import step as step_lib
@@ -146,23 +145,24 @@ def decoder(w: Workspace) -> list[Row]:
   return [_convolution_row(w, "decoder", about, (function, params, latent), w.config.autoencoder.dtype)]
 
 
-def inception_features(w: Workspace) -> list[Row]:
-  """Inception's features of images, as an FID takes them."""
-  options = w.config.evaluation.inception
-  if "inception" not in w.config.evaluation.features:
-    raise NotApplicable("evaluation.features does not name 'inception'")
+def published_features(name: str, w: Workspace) -> list[Row]:
+  """Features of images from a published network, as an FID takes them."""
+  network, options = features_lib.PUBLISHED[name], w.config.evaluation[name]
+  if name not in w.config.evaluation.features:
+    raise NotApplicable(f"evaluation.features does not name {name!r}")
   if os.path.isfile(options.path):
-    params, weights = inception_checkpoint.load(options.path), options.path
+    (module, params), weights = network.load(options.path), options.path
   else:
-    params, weights = random_params(inception.parameter_shapes()), "random weights of the published shapes"
+    (module, shapes), weights = network.without_weights(), "random weights of the published shapes"
+    params = random_params(shapes)
   shape = (_total(w, options.batch_size), 256, 256, 3)
   pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
   def extract(params, images):
-    return inception.features(params, images, options.resize)
+    return network.apply(module, params, images, options.resize)
 
   about = f"{len(pixels)} images of 256×256 at a time, {weights}"
-  return [_convolution_row(w, "Inception features", about, (extract, params, pixels), "float32 exact")]
+  return [_convolution_row(w, f"{network.title} features", about, (extract, params, pixels), "float32 exact")]
 
 
 def classifier_features(w: Workspace) -> list[Row]:
@@ -202,6 +202,7 @@ def metric_cases(w: Workspace) -> list[Row]:
     "Fréchet distance": lambda: metrics.frechet_of_gaussians(gaussian, gaussian),
     "Fréchet distance with its jackknife": lambda: metrics.frechet_with_error(samples, gaussian),
     "kernel distance": lambda: metrics.kernel_distance(samples, real),
+    "MIND with its jackknife": lambda: metrics.mind_with_error(samples, real),
     "precision and recall": lambda: metrics.precision_recall(samples, real),
     "inception score": lambda: metrics.inception_score(logits),
   }

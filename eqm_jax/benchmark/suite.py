@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from eqm_jax.benchmark.results import Row
 from eqm_jax.checkpoints.pretrained import Pretrained
 from eqm_jax.checks import at_least, one_of
 from eqm_jax.data.codec import Codec
+from eqm_jax.evaluation import features
 from eqm_jax.io import write_json
 from eqm_jax.networks.dit import DiT
 from eqm_jax.progress import Progress
@@ -36,7 +38,8 @@ CASES: dict[str, Callable[[Workspace], list[Row]]] = {  # the network first: it 
   "training, encoding online": pipeline_cases.online_training_loop,
   "checkpoint save": pipeline_cases.checkpoint_save,
   "decoder": pipeline_cases.decoder,
-  "Inception features": pipeline_cases.inception_features,
+  "Inception features": functools.partial(pipeline_cases.published_features, "inception"),
+  "DINOv2 features": functools.partial(pipeline_cases.published_features, "dinov2"),
   "classifier features": pipeline_cases.classifier_features,
   "metrics": pipeline_cases.metric_cases,
 }
@@ -144,7 +147,7 @@ def _measure_peaks(w: Workspace) -> Peaks:
   precisions = ["float32", w.config.model.dtype]
   if w.config.autoencoder.path:
     precisions.append(w.config.autoencoder.dtype)
-  if set(w.config.evaluation.features) & {"inception", "classifier"}:
+  if set(w.config.evaluation.features) & set(features.IMAGE_FEATURES):
     precisions.append("float32 exact")
   peaks = {}
   for precision in dict.fromkeys(precisions):

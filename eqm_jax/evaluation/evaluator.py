@@ -37,7 +37,7 @@ from eqm_jax.trees import fingerprint
 
 CHUNKS = "chunks"  # below the output directory
 SHARED_SECONDS = 60.0  # until a shared disk shows what other processes have written
-LOGGED_METRICS = ("frechet", "inception_score", "precision", "recall")
+LOGGED_METRICS = ("frechet", "inception_score", "mind", "precision", "recall")
 EXTRA_METRICS = ("classifier_accuracy", "to_data", "from_data")  # of a sampler, without features
 # metric → title of its column, digits, and the key of its uncertainty
 COLUMNS = {
@@ -45,6 +45,7 @@ COLUMNS = {
   "spatial_frechet": ("spatial Fréchet", 3, "spatial_frechet_error"),
   "inception_score": ("inception score", 2, "inception_score_std"),
   "kernel_distance": ("kernel distance", 4, "kernel_distance_std"),
+  "mind": ("MIND", 3, "mind_error"),
   "precision": ("precision", 3, "precision_error"),
   "recall": ("recall", 3, "recall_error"),
 }
@@ -354,6 +355,9 @@ def _metrics_table(name: str, described: dict[str, Any], rows: dict[str, Any]) -
   heading = f"Features: {name}{f' ({settings})' if settings else ''}; {count} real samples"
   if halves is not None:
     heading += f"; Fréchet distance between halves of them {halves:.3f}"
+  compared = {row["metrics"][name].get("mind_samples") for row in rows.values()} - {None}
+  if compared:
+    heading += f"; MIND of {max(compared)} samples and as many real ones"
   lines = [[sampler, *(_cell(row["metrics"][name], metric) for metric in shown)] for sampler, row in rows.items()]
   return Table(heading, ["sampler", *(COLUMNS[metric][0] for metric in shown)], lines)
 

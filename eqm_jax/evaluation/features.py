@@ -1,4 +1,4 @@
-"""Features that samples are compared in: raw numbers, a small classifier's, or Inception's.
+"""Features that samples are compared in: raw numbers, a small classifier's, or a published network's.
 
 Also here: the support vector machine that judges whether a sample shows the class it was sampled for.
 """
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -17,19 +18,69 @@ import numpy as np
 import optax
 
 from eqm_jax import distributed
-from eqm_jax.checkpoints import inception as convert
+from eqm_jax.checkpoints import dinov2 as dinov2_checkpoint
+from eqm_jax.checkpoints import inception as inception_checkpoint
 from eqm_jax.checks import at_least, one_of
-from eqm_jax.networks import inception
+from eqm_jax.networks import dinov2, inception
 from eqm_jax.networks.classifier import Classifier
 from eqm_jax.trees import fingerprint
 
-NAMES = ("raw", "classifier", "inception")
-IMAGE_FEATURES = ("classifier", "inception")  # computed from uint8 images
 # Of the classifier; the seed of its split, order and parameters never changes, so that figures can be compared.
 BATCH, LEARNING_RATE, SEED = 128, 2e-3, 0
 MAX_SIZE = 64  # side of the images that the classifier takes, in pixels
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """A published network of RGB images; its settings are the section of `evaluation` that has its name."""
+
+  title: str
+  file: str  # the published weights
+  resizes: tuple[str, ...]
+  smallest: int  # height and width of the images, in pixels
+  without_weights: Callable[[], tuple[nn.Module, Any]]  # () → the module, and the shapes of its parameters
+  load: Callable[[str], tuple[nn.Module, Any]]  # path → the module, and its parameters
+  # (module, parameters, images [B, H, W, 3] uint8, resize) → {kind: [B, ...]}
+  apply: Callable[[nn.Module, Any, jax.Array, str], dict[str, jax.Array]]
+  # module → what identifies it besides its parameters, for reports and files of statistics
+  details: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
+
+
+def _apply_inception(module: nn.Module, params: Any, images: jax.Array, resize: str) -> dict[str, jax.Array]:
+  found = inception.features(params, images, resize)
+  spatial = found["spatial"].reshape(len(images), -1)
+  return {"pool": found["pool"], "spatial": spatial, "logits": found["logits_unbiased"]}
+
+
+def _apply_dinov2(module: dinov2.DINOv2, params: Any, images: jax.Array, resize: str) -> dict[str, jax.Array]:
+  return {"pool": dinov2.features(module, params, images, resize)}
+
+
+PUBLISHED = {
+  "inception": Published(
+    title="Inception",
+    file=inception_checkpoint.PUBLISHED,
+    resizes=inception.RESIZES,
+    smallest=1,
+    without_weights=lambda: (inception.Inception(), inception.parameter_shapes()),
+    load=lambda path: (inception.Inception(), inception_checkpoint.load(path)),
+    apply=_apply_inception,
+  ),
+  "dinov2": Published(
+    title="DINOv2",
+    file=dinov2_checkpoint.PUBLISHED,
+    resizes=dinov2.RESIZES,
+    smallest=dinov2.DINOv2.patch_size,
+    without_weights=lambda: (dinov2.DINOv2(), dinov2.parameter_shapes(dinov2.DINOv2())),
+    load=dinov2_checkpoint.load,
+    apply=_apply_dinov2,
+    details=lambda module: {"network": module.title},
+  ),
+}
+IMAGE_FEATURES = ("classifier", *PUBLISHED)  # computed from uint8 images
+NAMES = ("raw", *IMAGE_FEATURES)
 
 
 def fit_classifier(
@@ -117,7 +168,7 @@ class Features:
   # Samples [N, H, W, C] float32 ("raw"), or images [N, H, W, C] uint8 → "pool" [N, D], and maybe "spatial" [N, S] and
   # "logits" [N, classes], all float32.
   extract: Callable[[np.ndarray], dict[str, np.ndarray]]
-  sizes: dict[str, int]  # D and S, where they are fixed
+  sizes: dict[str, int]  # of the rows of each kind, where they are fixed
 
 
 def check(options: ml_collections.ConfigDict):
@@ -130,21 +181,34 @@ def check(options: ml_collections.ConfigDict):
   if not names or any(name not in NAMES or names.count(name) > 1 for name in names):
     raise ValueError(f"evaluation.features = {names} must name some of {', '.join(NAMES)}, each once")
   at_least("evaluation.classifier.steps", options.classifier.steps, 1)
-  if "inception" not in options.features:
-    return
-  requested = options.inception
-  one_of("evaluation.inception.resize", requested.resize, inception.RESIZES)
+  for name in published(options):
+    _check_published(f"evaluation.{name}", options[name], PUBLISHED[name])
+
+
+def _check_published(key: str, requested: ml_collections.ConfigDict, network: Published):
+  one_of(f"{key}.resize", requested.resize, network.resizes)
   if requested.dtype != "float32":
     raise ValueError(
-      f"evaluation.inception.dtype = {requested.dtype!r} must be 'float32': bfloat16 moves an FID by more than methods "
+      f"{key}.dtype = {requested.dtype!r} must be 'float32': bfloat16 moves a Fréchet distance by more than methods "
       "differ"
     )
-  at_least("evaluation.inception.batch_size", requested.batch_size, 1)
+  at_least(f"{key}.batch_size", requested.batch_size, 1)
   if not os.path.isfile(requested.path):
     raise ValueError(
-      f"evaluation.inception.path = {requested.path!r}: no such file. Fetch {convert.PUBLISHED} "
-      "(docs/evaluation.md), or set evaluation.num_samples = None"
+      f"{key}.path = {requested.path!r}: no such file. Fetch {network.file} (docs/evaluation.md), or set "
+      "evaluation.num_samples = None"
     )
+
+
+def published(options: ml_collections.ConfigDict) -> list[str]:
+  """The published networks among the features of the section `evaluation`."""
+  return [name for name in options.features if name in PUBLISHED]
+
+
+def references(options: ml_collections.ConfigDict) -> dict[str, str]:
+  """{name of a published network among the features: file of the real images' statistics}, where one is given."""
+  sections = {name: options[name] for name in published(options)}
+  return {name: requested.reference for name, requested in sections.items() if requested.reference}
 
 
 def open_features(
@@ -157,31 +221,28 @@ def open_features(
     in_pixels: whether samples are pixels, which "raw" clips to [−1, 1].
 
   Raises:
-    ValueError: if Inception's weights are damaged, or the data has too few classes or images.
+    ValueError: if a file of weights does not fit, or the data has too few classes or images.
   """
   if name == "raw":
     return Features(name, {"name": name}, functools.partial(_raw, in_pixels=in_pixels), {})
-  if name == "inception":
-    params = convert.load(options.inception.path)
-    settings = {"name": "inception", "resize": options.inception.resize, "sha256": fingerprint(params)}
-    placed = distributed.replicate(params)
-
-    def extract(images):
-      computed = inception.features(placed, images, options.inception.resize)
-      return {
-        "pool": computed["pool"],
-        "spatial": computed["spatial"].reshape(len(images), -1),
-        "logits": computed["logits_unbiased"],
-      }
-
-    sizes = {"pool": 2048, "spatial": 17 * 17 * 7}
-    return Features(name, settings, _batched(extract, options.inception.batch_size), sizes)
+  if name in PUBLISHED:
+    return _open_published(name, options[name])
   module, params, accuracy = fit_classifier(*images, options.classifier.steps)
   # Two fits on GPUs differ in their bits, so all processes take those of the first.
   params, accuracy = distributed.from_first(params), float(distributed.from_all(np.asarray(accuracy))[0])
   settings = {"name": name, "sha256": fingerprint(params), "held_out_accuracy": accuracy, "dtype": "float32"}
   apply = functools.partial(_classify, module, distributed.replicate(params))
   return Features(name, settings, _batched(apply, BATCH), {})
+
+
+def _open_published(name: str, requested: ml_collections.ConfigDict) -> Features:
+  network = PUBLISHED[name]
+  module, params = network.load(requested.path)
+  settings = {"name": name, "resize": requested.resize, **network.details(module), "sha256": fingerprint(params)}
+  apply = functools.partial(network.apply, module, distributed.replicate(params), resize=requested.resize)
+  shapes = jax.eval_shape(apply, jax.ShapeDtypeStruct((1, 256, 256, 3), np.uint8))
+  sizes = {kind: leaf.shape[1] for kind, leaf in shapes.items()}
+  return Features(name, settings, _batched(apply, requested.batch_size), sizes)
 
 
 def _raw(samples: np.ndarray, in_pixels: bool) -> dict[str, np.ndarray]:

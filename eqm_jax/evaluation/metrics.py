@@ -1,4 +1,4 @@
-"""Metrics of features [N, D] by their published definitions: FID, inception score, KID, precision and recall.
+"""Metrics of features [N, D] by their published definitions: FID, inception score, KID, MIND, precision and recall.
 
 Computed in float64 numpy, except nearest neighbours, which this process's devices find in float32.
 """
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqm_jax import distributed
+from eqm_jax.checks import at_least
 
 CAST_ROWS = 4096  # rows that are cast to float64 at a time
 NEIGHBOUR_ROWS = 256  # rows whose neighbours a device finds at a time: 51 MB with 50,000 columns
@@ -23,6 +24,8 @@ JACKKNIFE_GROUPS = 10
 NEIGHBOURS = 3  # k of precision and recall, as in ADM
 SPLITS = 10  # of the inception score
 SUBSET_SIZE = 1000  # of the kernel distance
+DIRECTIONS = 1000  # M of MIND
+DIRECTIONS_AT_ONCE = 64  # in memory, with the projections of all rows: 150 MB with 50,000 rows
 # Rounding of a float32 |x|² + |y|² − 2x·y, relative to |x|² + |y|². Measured up to 31 for x = y of any length.
 ROUNDING = 128 * float(np.finfo(np.float32).eps)
 
@@ -194,6 +197,101 @@ def kernel_distance(
   return float(np.mean(values)), float(np.std(values))
 
 
+def mind(
+  a: np.ndarray,
+  b: np.ndarray,
+  directions: np.ndarray | None = None,
+  *,
+  num_directions: int = DIRECTIONS,
+  seed: int = 0,
+) -> float:
+  """Monge Inception Distance of two sets of features (Berthet et al. 2026, arXiv 2605.06797).
+
+  3D·mean (sort(Xu)_j − sort(Yu)_j)² over directions u and ranks j: a sliced Wasserstein distance, scaled so that a
+  shift by v costs about 3‖v‖². It compares whole distributions, where the Fréchet distance compares means and
+  covariances. It is larger for fewer rows, so only values of the same number of rows are comparable. Symmetric for
+  sets of equal size.
+
+  Args:
+    a, b: [N, D] and [M, D], at least two rows each. Of the larger set as many rows as the smaller one has are drawn
+      without replacement, so the value is of min(N, M) rows.
+    directions: unit vectors [K, D]; None: `num_directions` random ones.
+    num_directions: number of directions drawn, where none are given.
+    seed: of the directions and of the rows; the same for all sets that are compared.
+
+  Raises:
+    ValueError: if the shapes do not fit, a feature is not finite, or a direction is no unit vector.
+  """
+  _check(a=a, b=b)
+  if directions is None:
+    directions = _random_directions(num_directions, a.shape[1], seed)
+  norms = np.linalg.norm(directions, axis=-1)
+  if directions.shape != (max(1, len(directions)), a.shape[1]) or not np.allclose(norms, 1, atol=1e-3):
+    raise ValueError(
+      f"directions of shape {directions.shape} and norms up to {np.max(norms, initial=0):.4g} must be unit vectors "
+      f"[K, {a.shape[1]}], one number for each feature: divide each by its norm"
+    )
+  return float(_sliced_distances(*_of_equal_size(a, b, seed), directions, 0)[0])
+
+
+def mind_with_error(samples: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[float, float | None]:
+  """`mind` of samples and real data, and its standard error by the delete-a-group jackknife of `frechet_with_error`.
+
+  Without a group, the other samples are compared with as many real rows, the same for all groups: the error is that of
+  the samples. None with fewer than four rows.
+  """
+  _check(samples=samples, real=real)
+  samples, real = _of_equal_size(samples, real, seed)
+  groups = min(JACKKNIFE_GROUPS, len(samples) // 2)
+  directions = _random_directions(DIRECTIONS, samples.shape[1], seed)
+  distance, *without = _sliced_distances(samples, real, directions, groups if groups > 1 else 0)
+  return float(distance), _jackknife_error(without) if without else None
+
+
+def _random_directions(count: int, size: int, seed: int) -> np.ndarray:
+  """Unit vectors [count, size], uniform on the sphere."""
+  at_least("num_directions", count, 1)
+  directions = np.random.default_rng(seed).standard_normal((count, size))
+  return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+
+
+def _of_equal_size(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """As many rows of both sets, in random order."""
+  count = min(len(a), len(b))
+  return tuple(
+    features[np.random.default_rng([seed, i]).choice(len(features), count, replace=False)]
+    for i, features in enumerate((a, b))
+  )
+
+
+def _sliced_distances(a: np.ndarray, b: np.ndarray, directions: np.ndarray, groups: int) -> np.ndarray:
+  """3D·mean (sort(au)_j − sort(bu)_j)² for sets of equal size, [1 + groups].
+
+  The first is of all rows. Each other one is without one of so many groups of `a`, and without the last rows of `b`.
+  """
+  count, size = a.shape
+  group_N = np.arange(count) * groups // count
+  means = []
+  for first in range(0, len(directions), DIRECTIONS_AT_ONCE):
+    part = directions[first : first + DIRECTIONS_AT_ONCE]
+    (sorted_a, order_a), (sorted_b, order_b) = (_sorted_projections(features, part) for features in (a, b))
+    means.append([np.mean((sorted_a - sorted_b) ** 2, axis=1)])
+    for group in range(groups):
+      kept_a = sorted_a[group_N[order_a] != group].reshape(len(part), -1)  # sorted, too
+      kept_b = sorted_b[order_b < kept_a.shape[1]].reshape(len(part), -1)
+      means[-1].append(np.mean((kept_a - kept_b) ** 2, axis=1))
+  return 3 * size * np.concatenate(means, axis=1).mean(axis=1)
+
+
+def _sorted_projections(features: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Projections of all rows on each direction in ascending order, float64, and the rows that they are of, [K, N]."""
+  starts = range(0, len(features), CAST_ROWS)
+  parts = [directions @ features[first : first + CAST_ROWS].astype(np.float64).T for first in starts]
+  projected = np.concatenate(parts, axis=1)
+  order = np.argsort(projected, axis=1)
+  return np.take_along_axis(projected, order, axis=1), order
+
+
 def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
   """Improved precision and recall (Kynkäänniemi et al. 2019).
 
@@ -281,11 +379,11 @@ def compute(features: dict[str, np.ndarray], reference: ReferenceStatistics) -> 
 
   Returns:
     "frechet" (FID for Inception's features) and, where the features allow it, "spatial_frechet" (sFID),
-    "inception_score", "kernel_distance" (KID), "precision" and "recall". `_error` is a standard error: of the
-    Fréchet distances by the jackknife over JACKKNIFE_GROUPS groups of samples, of precision and recall that of a
-    fraction. It estimates how much another seed would change the metric, not the bias, which falls with the number of
-    samples. `_std` is the deviation over splits or over random subsets, as published numbers have it. What needs more
-    samples than there are is left out, with a line in the log.
+    "inception_score", "kernel_distance" (KID), "mind" of "mind_samples" rows of each set, "precision" and "recall".
+    `_error` is a standard error: of the Fréchet distances and MIND by the jackknife over JACKKNIFE_GROUPS groups of
+    samples, of precision and recall that of a fraction. It estimates how much another seed would change the metric, not
+    the bias, which falls with the number of samples. `_std` is the deviation over splits or over random subsets, as
+    published numbers have it. What needs more samples than there are is left out, with a line in the log.
 
   Raises:
     ValueError: if there are fewer than two samples, a feature is not finite, or all samples are the same.
@@ -300,6 +398,8 @@ def compute(features: dict[str, np.ndarray], reference: ReferenceStatistics) -> 
     metrics["kernel_distance"], deviation = kernel_distance(pool, real)
     if max(len(pool), len(real)) > min(len(pool), len(real), SUBSET_SIZE):  # otherwise there is but one subset
       metrics["kernel_distance_std"] = deviation
+    metrics["mind"], metrics["mind_error"] = mind_with_error(pool, real)
+    metrics["mind_samples"] = min(len(pool), len(real))
   if real is not None and min(len(pool), len(real)) > NEIGHBOURS:
     precision, recall = precision_recall(pool, real, NEIGHBOURS)
     for name, fraction, count in (("precision", precision, len(pool)), ("recall", recall, len(real))):
@@ -314,7 +414,7 @@ def _log_too_few(count: int, real: int | None, has_logits: bool):
   samples = f"{count} samples" + (f" and {real} real ones" if real is not None else "")
   fewest = count if real is None else min(count, real)
   if real is not None and fewest <= NEIGHBOURS:
-    left_out = "precision and recall" if fewest > 1 else "kernel distance, precision and recall"
+    left_out = "precision and recall" if fewest > 1 else "kernel distance, MIND, precision and recall"
     log.warning("%s: too few for %s, left out; %d of each are needed", samples, left_out, NEIGHBOURS + 1)
   if has_logits and count < SPLITS:
     log.warning("%s: too few for an inception score over %d groups, left out", samples, SPLITS)
@@ -345,4 +445,9 @@ def frechet_with_error(features: np.ndarray, real: Gaussian) -> tuple[float, flo
     return distance, None
   others = (merge(groups[:g] + groups[g + 1 :]).gaussian for g in range(len(groups)))
   without = [frechet_of_gaussians(real, other, factor_real) for other in others]
-  return distance, math.sqrt((len(groups) - 1) * np.var(without))
+  return distance, _jackknife_error(without)
+
+
+def _jackknife_error(without: list[float]) -> float:
+  """Standard error of a metric from its values without each of the groups in turn."""
+  return math.sqrt((len(without) - 1) * np.var(without))

@@ -69,8 +69,9 @@ class ReferenceData:
       chosen = spread(images, MAX_FEATURES)
       fit_to = arrays(images, chosen, threads), images.labels[chosen], images.num_classes
     space = features_lib.open_features(name, self._options, fit_to, self._in_pixels)
-    if name == "inception" and self._options.inception.reference:
-      return space, load(self._options.inception.reference, space)
+    reference = features_lib.references(self._options).get(name)
+    if reference:
+      return space, load(reference, space)
     from_images = name in features_lib.IMAGE_FEATURES
     return space, compute_statistics(images if from_images else source, space, from_images, threads)
 
@@ -270,19 +271,20 @@ def save(path: str, statistics: ReferenceStatistics):
     np.savez(file, **named, features=statistics.features, about=json.dumps(statistics.origin))
 
 
-def check_path(path: str):
-  """Raises ValueError if there is no file of statistics."""
+def check_path(name: str, path: str):
+  """Raises ValueError if there is no file of statistics of the features with this name."""
   if not os.path.isfile(path):
     raise ValueError(
-      f"evaluation.inception.reference: {path}: no such statistics. --mode=statistics computes them from the data set; "
+      f"evaluation.{name}.reference: {path}: no such statistics. --mode=statistics computes them from the data set; "
       "docs/evaluation.md says where ADM's are"
     )
 
 
 def load(path: str, features: Features) -> ReferenceStatistics:
-  """Reads a file of `save`, ADM's VIRTUAL_*.npz, or pytorch-fid's .npz.
+  """Reads a file of `save`, ADM's VIRTUAL_*.npz, or, for features of Inception, pytorch-fid's .npz.
 
-  ADM's file also holds 10,000 images, which precision, recall and the kernel distance are computed with.
+  ADM's file also holds 10,000 images, which MIND, precision, recall and the kernel distance are computed with. Its
+  statistics are those of Inception: for features of another network they are computed from these images.
 
   Args:
     path: the file.
@@ -291,9 +293,11 @@ def load(path: str, features: Features) -> ReferenceStatistics:
   Raises:
     ValueError: naming the file, if it is missing or damaged, or has other features or features of another size.
   """
-  check_path(path)
-  with _naming_key():
+  check_path(features.name, path)
+  with _naming_key(features.name):
     headers = array_files.read_headers(path)
+    if features.name != "inception" and "about" not in headers:
+      return _of_foreign_images(path, "arr_0" in headers, features)
     known = [name for names in NAMES.values() for name in names if name in headers]
     if not {"mu", "sigma"} <= set(known):
       raise ValueError(
@@ -347,6 +351,22 @@ def _features_of_images(path: str, features: Features) -> np.ndarray:
   return features.extract(images)["pool"]
 
 
+def _of_foreign_images(path: str, has_images: bool, features: Features) -> ReferenceStatistics:
+  """Statistics of the images in a file of another program, whose own statistics are those of Inception."""
+  if not has_images:
+    raise ValueError(
+      f"{path}: statistics of another program, which are of Inception, but the samples' features are {features.name}, "
+      "and it holds no images (arr_0) to compute others from: compute statistics by --mode=statistics"
+    )
+  pool = _features_of_images(path, features)
+  if len(pool) < 2:
+    raise ValueError(f"{path}: arr_0 holds {len(pool)} image, but statistics need 2: give more")
+  gaussian = GaussianStatistics.of(pool).gaussian
+  metrics.check_spread(f"{features.name} features of arr_0", gaussian)
+  origin = {"from": os.path.basename(path), "samples": len(pool), "features": features.settings}
+  return ReferenceStatistics({"pool": gaussian}, pool, origin)
+
+
 def _foreign_origin(path: str, has_spatial: bool, features: Features) -> dict[str, Any]:
   """The origin of statistics that another program wrote, which does not record it."""
   program, resizes = ("ADM", ("tf1",)) if has_spatial else ("pytorch-fid", ("half_pixel", "tf1"))
@@ -383,12 +403,12 @@ def _checked(path: str, kind: str, gaussian: Gaussian, features: Features) -> Ga
 
 
 @contextlib.contextmanager
-def _naming_key():
+def _naming_key(name: str):
   """Names the key in errors of reading its file."""
   try:
     yield
   except ValueError as error:
-    raise ValueError(f"evaluation.inception.reference: {error}") from error
+    raise ValueError(f"evaluation.{name}.reference: {error}") from error
 
 
 def _between_halves(statistics: ReferenceStatistics) -> dict[str, float]:

@@ -41,8 +41,8 @@ def check_options(config: ml_collections.ConfigDict, generator: Generator):
       f"evaluation.benchmark_samplers = {options.benchmark_samplers} must be empty in a run of several processes: "
       "speed is compared in one"
     )
-  if "inception" in options.features and options.inception.reference:
-    reference_data.check_path(options.inception.reference)
+  for name, path in features.references(options).items():
+    reference_data.check_path(name, path)
   if not samplers:
     raise ValueError("evaluation.samplers = () must name at least one of the samplers, or be None for all of them")
   for name in samplers:
@@ -70,11 +70,14 @@ def check_data(config: ml_collections.ConfigDict, generator: Generator, source: 
       f"{source.shape} of {source.num_classes}: they cannot be compared. A model of latents is evaluated against a "
       "cache of them (data.source = 'latents'), or in features of images (evaluation.features)"
     )
-  if "inception" in options.features and shape[2] != 3:
-    raise ValueError(
-      f"evaluation.features: 'inception' takes RGB images, but the samples are {shape}: "
-      "name 'classifier' or 'raw', or, for latents, give the autoencoder.path that decodes them"
-    )
+  for name in features.published(options):
+    smallest = features.PUBLISHED[name].smallest
+    if shape[2] != 3 or min(shape[:2]) < smallest:
+      size = f" of at least {smallest} × {smallest} pixels" if smallest > 1 else ""
+      raise ValueError(
+        f"evaluation.features: {name!r} takes RGB images{size}, but the samples are {shape}: "
+        "name 'classifier' or 'raw', or, for latents, give the autoencoder.path that decodes them"
+      )
   if "classifier" in options.features and images.shape != shape:
     raise ValueError(
       f"evaluation.features: 'classifier' is fitted to images {images.shape}, but the samples are {shape}: "
@@ -99,7 +102,7 @@ def needs(config: ml_collections.ConfigDict) -> tuple[bool, bool]:
   in_plane = _in_plane((model.input_size, model.input_size, model.channels))
   return (
     "raw" in options.features or options.classifier_accuracy or in_plane,
-    "classifier" in options.features or ("inception" in options.features and not options.inception.reference),
+    "classifier" in options.features or len(features.references(options)) < len(features.published(options)),
   )
 
 

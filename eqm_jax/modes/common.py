@@ -53,8 +53,8 @@ def open_images(config: ml_collections.ConfigDict) -> Source:
   if source.autoencoder_id:
     raise ValueError(
       f"evaluation.features = {tuple(config.evaluation.features)} need images, but the data set "
-      f"{config.data.source!r} holds latents: name 'raw', give evaluation.inception.reference, or a section `prepare` "
-      "that names the images"
+      f"{config.data.source!r} holds latents: name 'raw', give statistics (evaluation.inception.reference, "
+      "evaluation.dinov2.reference), or a section `prepare` that names the images"
     )
   return source
 

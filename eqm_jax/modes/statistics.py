@@ -13,31 +13,36 @@ log = logging.getLogger(__name__)
 
 
 def run(config: ml_collections.ConfigDict, workdir: str):
-  """Computes the Inception statistics of the config's images into `evaluation.inception.reference`.
+  """Computes the statistics of the config's images into the files `evaluation.NAME.reference` that do not exist.
+
+  NAME is each of the published networks among the features.
 
   Raises:
-    ValueError: if 'inception' is not among the features, the file is not named or exists, or the data does not fit.
+    ValueError: if no such file is named, or the data does not fit.
   """
   del workdir
-  options, path = config.evaluation, config.evaluation.inception.reference
-  if "inception" not in options.features or path is None or os.path.exists(path):
+  options = config.evaluation
+  missing = {name: path for name, path in features.references(options).items() if not os.path.exists(path)}
+  if not missing:
     raise ValueError(
-      f"evaluation.features = {tuple(options.features)} must name 'inception', and evaluation.inception.reference = "
-      f"{path!r} a file that does not exist yet: the statistics are written to it"
+      f"evaluation.features = {tuple(options.features)} must name one of {', '.join(features.PUBLISHED)}, and "
+      f"evaluation.NAME.reference (here {features.references(options) or None}) a file that does not exist yet: its "
+      "statistics are written to it"
     )
   features.check(options)
   images = common.open_images(config)
-  space = features.open_features("inception", options, None, False)
-  statistics = reference_data.compute_statistics(images, space, True, config.data.threads)
-  if distributed.process_index_and_count()[0] == 0:
-    reference_data.save(path, statistics)
-  log.info("statistics of %d images: %s", len(images), path)
+  for name, path in missing.items():
+    space = features.open_features(name, options, None, False)
+    statistics = reference_data.compute_statistics(images, space, True, config.data.threads)
+    if distributed.process_index_and_count()[0] == 0:
+      reference_data.save(path, statistics)
+    log.info("statistics of %d images in the features of %s: %s", len(images), name, path)
 
 
 MODE = Mode(
   name="statistics",
   summary="Computes statistics of the real images, once for many evaluations.",
-  writes="the file of --config.evaluation.inception.reference",
+  writes="the files of --config.evaluation.inception.reference and .dinov2.reference that do not exist yet",
   run=run,
   checkpoint="none",
   processes="many",

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from eqm_jax import checks
+from eqm_jax.networks.resize import EXACT, check_images, resized
 
 SIZE = 299  # height and width of the network's input
 CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of Mixed_6d, as in ADM's evaluator: 17·17·7 = 2023 numbers, about as many as pool's
 RESIZES = ("tf1", "half_pixel")
-EXACT = jax.lax.Precision.HIGHEST
 
 
 def features(params: Any, images_uint8: jax.Array, resize: str = "tf1") -> dict[str, jax.Array]:
@@ -48,14 +48,8 @@ def features(params: Any, images_uint8: jax.Array, resize: str = "tf1") -> dict[
     ValueError: if the images are of another shape or type, or `resize` is unknown.
   """
   checks.one_of("resize", resize, RESIZES)
-  shape, dtype = (getattr(images_uint8, name, None) for name in ("shape", "dtype"))
-  if shape is None or dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-    seen = f"a {type(images_uint8).__name__}" if shape is None else f"{dtype} {tuple(shape)}"
-    raise ValueError(
-      f"Inception takes images uint8 [B, H, W, 3], B ≥ 1, in 0..255, but got {seen}: convert floats in [−1, 1] by "
-      "np.clip(np.rint(127.5 * x + 127.5), 0, 255).astype(np.uint8), grey images [B, H, W, 1] by np.repeat(x, 3, -1)"
-    )
-  return _network(params, _resize(images_uint8, resize))
+  check_images("Inception", images_uint8)
+  return _network(params, _prepare(images_uint8, resize))
 
 
 def parameter_shapes() -> Any:
@@ -69,28 +63,11 @@ def _network(params: Any, x_BxHxWxC: jax.Array) -> dict[str, jax.Array]:
   return Inception().apply({"params": params}, x_BxHxWxC)
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _resize(images_BxHxWxC: jax.Array, method: str) -> jax.Array:
-  """Images 0..255 of any size → [B, 299, 299, C] in about [−1, 1]: bilinear, by a matrix for each axis."""
-  _, H, W, _ = images_BxHxWxC.shape
-  rows, columns = (interpolation(length, SIZE, method) for length in (H, W))
-  x = images_BxHxWxC.astype(jnp.float32)
-  x = jnp.einsum("ih,bhwc->biwc", rows, x, precision=EXACT)
-  x = jnp.einsum("jw,biwc->bijc", columns, x, precision=EXACT)
-  return (x - 128) / 128 if method == "tf1" else x * (2 / 255) - 1
-
-
-def interpolation(length: int, size: int, method: str) -> np.ndarray:
-  """The matrix [size, length] of a bilinear resize along one axis: each row has the weights of two neighbours."""
-  scale = length / size
-  target = np.arange(size)
-  position = target * scale if method == "tf1" else np.maximum((target + 0.5) * scale - 0.5, 0)
-  below = np.minimum(np.floor(position).astype(int), length - 1)
-  above = np.minimum(below + 1, length - 1)
-  matrix = np.zeros((size, length))
-  matrix[target, below] += 1 - (position - below)
-  matrix[target, above] += position - below
-  return matrix.astype(np.float32)
+@functools.partial(jax.jit, static_argnames="resize")
+def _prepare(images_BxHxWxC: jax.Array, resize: str) -> jax.Array:
+  """Images 0..255 of any size → [B, 299, 299, C] in about [−1, 1]."""
+  x = resized(images_BxHxWxC, SIZE, resize)
+  return (x - 128) / 128 if resize == "tf1" else x * (2 / 255) - 1
 
 
 class Inception(nn.Module):

@@ -33,7 +33,7 @@ CURVES = {
   "examples_per_second": ("images per second", False),
 }
 DISTANCE = "/frechet"  # ends the name of a metric of an evaluation
-NOT_DRAWN = ("step", "examples_per_second_per_device", "_error", "_std")  # ends of names
+NOT_DRAWN = ("step", "examples_per_second_per_device", "_error", "_std", "_samples")  # ends of names
 
 log = logging.getLogger(__name__)
 

@@ -1,16 +1,20 @@
 """The benchmark of a tiny network: what it measures, what it writes, what it refuses."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
 from conftest import load_config
+from dinov2_weights import small_weights, write
 from test_config_keys import dead_keys
 
 from eqm_jax import modes
 from eqm_jax.benchmark import measure, network_cases, pipeline_cases, results, suite
-from eqm_jax.networks import flops
+from eqm_jax.evaluation import features
+from eqm_jax.networks import dinov2, flops
+from eqm_jax.networks.dinov2 import DINOv2
 from eqm_jax.networks.dit import DiT
 
 # Cases that compile little, and the rows they give.
@@ -29,12 +33,14 @@ MORE = {
   "guided evaluation": {"guided evaluation"},
   "EqM-E": {"EqM-E training step", "EqM-E energy gradient"},
   "Inception features": set(),
+  "DINOv2 features": set(),
   "classifier features": {"classifier features"},
   "metrics": {
     "metrics: mean and covariance",
     "metrics: Fréchet distance",
     "metrics: Fréchet distance with its jackknife",
     "metrics: kernel distance",
+    "metrics: MIND with its jackknife",
     "metrics: precision and recall",
     "metrics: inception score",
   },
@@ -273,6 +279,26 @@ def test_sweeps_change_what_they_are_over(tmp_path):
   assert points("depth", lambda p: p.model.depth) == {1: 1, 3: 3}
   assert points("samples", lambda p: p.config.benchmark.num_samples) == {10: 10, 20: 20}
   assert points("devices", lambda p: (len(p.devices), p.batch_size)) == {1: (1, 10), 2: (2, 5), 4: (4, 2)}
+
+
+@pytest.mark.parametrize("has_file", [False, True], ids=["random weights", "file"])
+def test_features_of_published_networks_are_timed(tmp_path, monkeypatch, has_file):
+  fast(monkeypatch)
+  path = tmp_path / "weights.safetensors"
+  if has_file:
+    write(path, small_weights(depth=1))
+  module = DINOv2(width=64, depth=1, num_heads=1, grid=3, mlp_width=72)
+  small = dataclasses.replace(
+    features.PUBLISHED["dinov2"], without_weights=lambda: (module, dinov2.parameter_shapes(module))
+  )
+  monkeypatch.setitem(features.PUBLISHED, "dinov2", small)
+  config = tiny()
+  config.evaluation.features = ("dinov2",)
+  config.evaluation.dinov2.update(path=str(path), batch_size=2)
+  (row,) = suite.CASES["DINOv2 features"](network_cases.Workspace(config, jax.local_devices(), str(tmp_path)))
+  assert row.name == "DINOv2 features" and row.precision == "float32 exact" and row.images == 2
+  assert row.about.endswith(str(path) if has_file else "random weights of the published shapes")
+  assert row.flops > 2 * 2 * 256 * 12 * 64**2  # the products of one block
 
 
 def test_a_sweep_is_a_picture():

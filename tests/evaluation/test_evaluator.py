@@ -95,7 +95,8 @@ def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, gene
     assert row["nfe"]["mean"] == 1 and row["status"]["budget"] == 100
   table = re.sub(" +", " ", (tmp_path / "evaluation.md").read_text())
   assert "Features: raw; 1797 real samples" in table and "Features: classifier (sha256" in table
-  assert "| sampler | Fréchet | spatial Fréchet | inception score | kernel distance | precision | recall |" in table
+  columns = "sampler | Fréchet | spatial Fréchet | inception score | kernel distance | MIND | precision | recall"
+  assert f"| {columns} |" in table
 
 
 def test_the_report_tells_all_that_a_number_depends_on(tiny_config, generator, tmp_path):

@@ -8,10 +8,11 @@ import sklearn.neighbors
 from conftest import ROOT
 
 from eqm_jax.evaluation import metrics
-from eqm_jax.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from eqm_jax.evaluation.metrics import frechet_distance, inception_score, kernel_distance, mind, precision_recall
 
 GOLDEN = np.load(ROOT / "tests" / "reference" / "distances.npz")
 A, B = GOLDEN["features_a"], GOLDEN["features_b"]
+MIND = np.load(ROOT / "tests" / "reference" / "mind.npz")
 
 
 def test_all_agree_with_the_libraries():
@@ -25,10 +26,11 @@ def test_all_agree_with_the_libraries():
     "isc_std": (deviation, 1e-10),
     "precision": (precision, 1e-7),  # the library's is float32
     "recall": (recall, 1e-7),
+    "mind": (mind(MIND["features_a"], MIND["features_b"], MIND["directions"]), 1e-12),
   }
   print("\n| figure | ours | theirs | relative difference |\n|---|---|---|---|")
   for name, (value, tolerance) in found.items():
-    expected = float(GOLDEN[name])
+    expected = float((MIND if name == "mind" else GOLDEN)[name])
     print(f"| {name} | {value:.10g} | {expected:.10g} | {abs(value / expected - 1):.1e} |")
     np.testing.assert_allclose(value, expected, rtol=tolerance, err_msg=name)
 
@@ -103,6 +105,48 @@ def test_kernel_distance_is_the_unbiased_estimate():
   assert abs(same) < deviation
 
 
+def test_mind_of_a_shift_and_of_a_stretch():
+  """A shift by v costs 3D·mean (u·v)², about 3‖v‖²; a set at twice the size that of the first moments."""
+  features, shift = few(50, 6).astype(np.float64), np.linspace(-1, 2, 6)
+  directions = np.random.default_rng(0).normal(size=(4000, 6))
+  directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+  exact = 18 * np.mean((directions @ shift) ** 2)
+  np.testing.assert_allclose(mind(features, features[::-1] + shift, directions), exact, rtol=1e-10)
+  np.testing.assert_allclose(mind(features, features + shift), 3 * shift @ shift, rtol=0.1)
+  np.testing.assert_allclose(mind(features, 2 * features), 3 * np.mean(np.sum(features**2, axis=1)), rtol=0.1)
+
+
+def test_mind_sees_what_means_and_covariances_do_not():
+  """Two clusters with the moments of a Gaussian: no Fréchet distance, which a model can be trained to."""
+  rng = np.random.default_rng(0)
+  gaussian, clusters = rng.normal(size=(400, 3)), rng.choice([-1.0, 1.0], (400, 3))
+
+  def whitened(x):
+    return np.linalg.solve(np.linalg.cholesky(np.cov(x.T)), (x - x.mean(axis=0)).T).T
+
+  gaussian, clusters, other = map(whitened, (gaussian, clusters, rng.normal(size=(400, 3))))
+  assert frechet_distance(gaussian, clusters) < 1e-9
+  assert mind(gaussian, clusters) > 5 * mind(gaussian, other)
+
+
+def test_mind_depends_on_the_seed_alone_and_not_on_the_chunks(monkeypatch):
+  whole = mind(A, A[::-1] + 1, seed=1)
+  assert mind(A, A[::-1] + 1, seed=1) == whole != mind(A, A[::-1] + 1, seed=2)
+  monkeypatch.setattr(metrics, "DIRECTIONS_AT_ONCE", 7)
+  monkeypatch.setattr(metrics, "CAST_ROWS", 64)
+  np.testing.assert_allclose(mind(A, A[::-1] + 1, seed=1), whole, rtol=1e-12)
+
+
+def test_mind_of_sets_of_unequal_size_takes_rows_of_the_larger():
+  assert len(A) > len(B)
+  full, part = metrics._of_equal_size(A, B, seed=3)
+  assert full.shape == part.shape == B.shape
+  assert len(np.unique(full, axis=0)) == len(B) and {*map(bytes, full)} < {*map(bytes, A)}
+  assert {*map(bytes, part)} == {*map(bytes, B)}
+  np.testing.assert_allclose(mind(A, B, num_directions=50), mind(B, A, num_directions=50), rtol=0.2)
+  assert mind(A, A[:30]) < mind(A + 1, A[:30])
+
+
 def test_precision_and_recall_are_shares_of_balls():
   rng = np.random.default_rng(2)
   real, generated = rng.normal(size=(150, 5)) + 100, 0.5 * rng.normal(size=(90, 5)) + 100.3
@@ -163,6 +207,14 @@ def test_bad_features_are_refused(a, b, text):
     (lambda: precision_recall(A * np.inf, B), "generated: 32000 of 32000"),
     (lambda: kernel_distance(A, B, subsets=0), "subsets = 0"),
     (lambda: kernel_distance(A[:1], B), "features_a has shape"),
+    (lambda: mind(A, B[:, :3]), r"64 and 3 dimensions cannot be compared \(a and b\)"),
+    (lambda: mind(A[:1], B), r"a has shape \(1, 64\)"),
+    (lambda: mind(A, B * np.nan), "b: 28800 of 28800 values are not finite"),
+    (lambda: mind(A, B, num_directions=0), "num_directions = 0 must be at least 1"),
+    (lambda: mind(A, B, np.eye(64)[:, :9]), r"directions of shape \(64, 9\) .* unit vectors \[K, 64\]"),
+    (lambda: mind(A, B, 2 * np.eye(64)), "norms up to 2 must be unit vectors .* divide each by its norm"),
+    (lambda: mind(A, B, np.eye(64)[0]), r"directions of shape \(64,\)"),
+    (lambda: mind(A, B, np.zeros((0, 64))), r"directions of shape \(0, 64\)"),
     (lambda: inception_score(A[:5], splits=10), "splits = 10 .* 5"),
   ],
 )

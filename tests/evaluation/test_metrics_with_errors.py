@@ -22,6 +22,13 @@ def test_the_error_is_what_another_seed_would_change(real):
   assert 0.8 < np.sqrt(np.mean(errors**2)) / np.std(distances, ddof=1) < 1.25
 
 
+def test_minds_error_is_what_another_seed_would_change(real, monkeypatch):
+  monkeypatch.setattr(metrics, "DIRECTIONS", 40)
+  found = [metrics.mind_with_error(sample(seed, 300), real.features[:300]) for seed in range(80)]
+  distances, errors = np.asarray(found).T
+  assert 0.75 < np.sqrt(np.mean(errors**2)) / np.std(distances, ddof=1) < 1.33
+
+
 def test_few_samples_have_no_error(real):
   assert metrics.frechet_with_error(sample(0, 3), real.gaussians["pool"])[1] is None
   with pytest.raises(ValueError, match="1 sample: a distance needs two"):
@@ -31,9 +38,10 @@ def test_few_samples_have_no_error(real):
 def test_metrics_are_those_that_the_features_allow(real):
   pool = sample(0, 300)
   assert set(metrics.compute({"pool": pool}, real)) == {
-    "frechet", "frechet_error", "kernel_distance", "kernel_distance_std", "precision", "precision_error", "recall",
-    "recall_error",
+    "frechet", "frechet_error", "kernel_distance", "kernel_distance_std", "mind", "mind_error", "mind_samples",
+    "precision", "precision_error", "recall", "recall_error",
   }  # fmt: skip
+  assert metrics.compute({"pool": pool}, real)["mind_samples"] == 300
   without_features = ReferenceStatistics({**real.gaussians, "spatial": real.gaussians["pool"]}, None, {})
   found = metrics.compute({"pool": pool, "spatial": pool, "logits": pool}, without_features)
   assert set(found) == {
@@ -49,6 +57,7 @@ def test_few_samples_have_the_metrics_that_they_allow(count, caplog):
   itself = ReferenceStatistics({"pool": GaussianStatistics.of(pool).gaussian}, pool, {})
   found = metrics.compute({"pool": pool, "logits": pool}, itself)
   assert found["frechet"] < 1e-3 and (found["frechet_error"] is None) == (count < 4)
+  assert found["mind"] < 1e-6 and (found["mind_error"] is None) == (count < 4) and found["mind_samples"] == count
   assert np.isfinite(found["kernel_distance"]) and "kernel_distance_std" not in found, "there is one subset"
   assert (found.get("precision"), found.get("recall")) == ((1, 1) if count > 3 else (None, None))
   assert ("inception_score" in found) == (count == 11)
@@ -61,7 +70,7 @@ def test_few_samples_have_the_metrics_that_they_allow(count, caplog):
 def test_one_real_sample_leaves_distances_of_sets_out(real, caplog):
   one = ReferenceStatistics(real.gaussians, real.features[:1], {})
   assert set(metrics.compute({"pool": sample(0, 20)}, one)) == {"frechet", "frechet_error"}
-  assert "20 samples and 1 real ones: too few for kernel distance, precision and recall" in caplog.text
+  assert "20 samples and 1 real ones: too few for kernel distance, MIND, precision and recall" in caplog.text
   caplog.clear()
   metrics.compute({"pool": sample(0, 20)}, real)
   assert not caplog.text

@@ -48,28 +48,11 @@ def test_every_array_agrees(params):
   assert {name for name, _ in rows} | {f"images_{size}" for size in SIZES} == set(GOLDEN)
 
 
-@pytest.mark.parametrize(
-  "method, length, size, expected",
-  [
-    ("tf1", 2, 4, [[1, 0], [0.5, 0.5], [0, 1], [0, 1]]),
-    ("half_pixel", 2, 4, [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]),
-    ("tf1", 4, 2, [[1, 0, 0, 0], [0, 0, 1, 0]]),
-    ("half_pixel", 4, 2, [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]),
-    ("tf1", 3, 3, np.eye(3)),
-    ("half_pixel", 3, 3, np.eye(3)),
-    ("tf1", 1, 2, [[1], [1]]),
-    ("half_pixel", 1, 2, [[1], [1]]),
-  ],
-)
-def test_pixels_are_read_at_the_positions_of_the_method(method, length, size, expected):
-  np.testing.assert_array_equal(inception.interpolation(length, size, method), expected)
-
-
 @pytest.mark.parametrize("resize, low, high", [("tf1", -1, 127 / 128), ("half_pixel", -1, 1)])
 def test_height_and_width_are_resized_each_along_its_own_axis(resize, low, high):
   images = np.zeros((1, 3, 40, 3), np.uint8)
   images[:, :, 20:, 1] = 255  # the right half is green
-  x = np.asarray(inception._resize(images, resize))
+  x = np.asarray(inception._prepare(images, resize))
   assert x.shape == (1, 299, 299, 3)
   np.testing.assert_allclose(x[..., [0, 2]], low, atol=1e-6)
   np.testing.assert_allclose(x[:, :, :140, 1], low, atol=1e-6)

@@ -25,6 +25,7 @@ def workdir(tiny_config, tmp_path):
     records.append({"step": step, "loss": 50.0 / step, "gradient_norm": None if step == 9 else 3.0, **speed})
     if step % 20 == 0:
       records.append({"step": step - 1 if step == 40 else step, "raw/frechet": 1e3 / step, "raw/frechet_error": 0.1})
+      records[-1] |= {"raw/mind": 2e3 / step, "raw/mind_samples": 40}
       picture(size=(90, 20), seed=step).save(run_page.picture_path(str(workdir), step))
   (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
   weights = {"checkpoint": "of the workdir", "kind": "ema", "step": 1200}
@@ -45,9 +46,15 @@ def test_the_page_has_curves_samples_evaluation_environment_and_config(workdir):
   run_page.write_environment(str(workdir), sharding.make_mesh(data=-1, fsdp=1, tensor=1))
   text = page(workdir)
   assert "<h1>Run run &lt;1&gt;</h1>" in text
-  for part in ("loss: 0.25 at 200", "gradient norm: 3 at 200", "images per second: 1100 at 200", "raw/frechet: 5 at"):
+  for part in (
+    "loss: 0.25 at 200",
+    "gradient norm: 3 at 200",
+    "images per second: 1100 at 200",
+    "raw/frechet: 5 at",
+    "raw/mind: 10 at",
+  ):
     assert part in text
-  assert "raw/frechet_error: " not in text, "errors are no curves"
+  assert "raw/frechet_error: " not in text and "raw/mind_samples: " not in text, "errors and sizes are no curves"
   for part in ("200 of 12, of 8 images each", "1,001 images/s, 2.0% of the time waiting for data (medians)"):
     assert part in text
   for part in ("weights: ema, step 1,200.", "11.190 ± 0.500", "distance between halves of them 0.287"):
