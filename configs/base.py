@@ -2,9 +2,8 @@
 
 The defaults are a small run on 8×8 digits. Any key can be set on the command line: --config.train.steps=100. What may
 be None is a reference of a fixed type (placeholder, FieldReference). Paths start in the working directory, or at `~`.
-
-Each sampler is a row made by `sampler`. Three sections exist only where they apply, and are made by functions, too:
-`prepare` (data sets of latents), its part `fit` (which trains the autoencoder) and `report`.
+Functions make the rows of `samplers`, and the sections that exist only where they apply: `prepare` (data sets of
+latents), its part `fit` (which trains the autoencoder) and `report`.
 """
 
 from typing import Any
@@ -54,6 +53,10 @@ def get_config() -> ml_collections.ConfigDict:
     attention="auto",  # "xla", "pallas" (kernel for TPUs), "cudnn" (GPUs, bfloat16); "auto": by device, type and shape
     block="auto",  # how blocks are written: "xla" for TPUs and GPUs, "cpu", or "auto" by the backend
     energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
+    qk_norm=False,  # RMSNorm of each head's query and key, with a learned scale (docs/options.md, as the next three)
+    norm="layer",  # of the tokens: "layer", LayerNorm, or "rms", RMSNorm
+    mlp="gelu",  # or "swiglu": gated, of as many parameters
+    rope=False,  # rotary positions: query and key are rotated by row and column; the fixed table is added as before
   )
   config.objective = config_dict.create(
     kind="equilibrium",  # or "flow_matching"
@@ -97,9 +100,8 @@ def get_config() -> ml_collections.ConfigDict:
     gather="layer",  # blocks split by fsdp are gathered one by one, or once a "step", and kept in model.dtype
   )
 
-  # One row of the evaluation each.
   config.samplers = config_dict.create(gd=sampler(), nag=sampler(rule="nag", momentum=0.3))
-  config.samplers.adaptive = sampler(threshold=4.0)
+  config.samplers.adaptive = sampler(threshold=4.0)  # each sampler is a row of the evaluation
   config.evaluation = config_dict.create(
     num_samples=FieldReference(1000),  # of each sampler; None: no evaluation, not during training either
     batch_size=200,  # samples in flight on each device
@@ -108,8 +110,7 @@ def get_config() -> ml_collections.ConfigDict:
     weights="ema",  # "ema" or "model"
     labels="balanced",  # "balanced": every class in turn; "random"; "none"; or some in turn: "3", "1,5,7-9"
     samplers=placeholder(tuple),  # names of the rows that are evaluated; None: all
-    # What distances are computed in: "raw", the numbers of a sample; "classifier", features of a small network fitted
-    # to the real images; "inception", as the published FID.
+    # Of distances: "raw", a sample's numbers; "classifier", of a network fitted to real images; "inception", the FID's.
     features=("raw", "classifier"),
     classifier=config_dict.create(steps=300),  # of its training
     inception=config_dict.create(
@@ -150,8 +151,7 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=100,  # samples in flight on each device
     seed=0,
     weights="ema",  # "ema" or "model"
-    # γ that the images are noised to; None: they are noisy already.
-    denoise=config_dict.create(gammas=FieldReference((0.0, 0.2, 0.4, 0.6, 0.8))),
+    denoise=config_dict.create(gammas=FieldReference((0.0, 0.2, 0.4, 0.6, 0.8))),  # γ to noise to; None: noisy already
     ood=config_dict.create(
       scores=("norm",),  # "norm", ‖f‖; "energy", of a model with one; "mahalanobis", a Gaussian fitted to data.source
       # Outliers: noise, or the images themselves, changed. "photographs" need a model of pixels.

@@ -10,6 +10,7 @@ The parameters are those of `dit.Block`, and so are the numbers, to rounding. Th
   (`jax.jvp`, `jax.jacfwd`), which training does not need.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-EPSILON = 1e-6  # in the layer norms
+from eqm_jax.networks import query_key
+
+EPSILON = 1e-6  # in the norms of the tokens
 
 
 def blocks(
@@ -27,6 +30,8 @@ def blocks(
   condition_BxD: jax.Array,
   *,
   num_heads: int,
+  norm: str,
+  rope: bool,
   training: bool,
   unroll: int = 1,
   wrap: Callable = lambda block: block,
@@ -38,25 +43,33 @@ def blocks(
     tokens_BxTxD: the embedded patches, in the type of the products.
     condition_BxD: the embedded label and time.
     num_heads: of the attention; divides D.
+    norm: of the tokens, "layer" or "rms".
+    rope: rotates queries and keys.
     training: uses the backward pass that is written by hand, which has no forward-mode derivative.
     unroll: blocks per iteration of the scan over depth.
     wrap: applied to the function of one block, (tokens, parameters) → (tokens, None), such as `jax.checkpoint`.
   """
   dense = _dense if training else _dense_plain
   attend = _attend if training else _attend_plain
+  modulated_norm = functools.partial(_modulated_norm, norm)
+  prepare = functools.partial(query_key.prepare, num_heads, rope)
 
   def block(tokens, p):
+    scales = (p["qk_norm"]["scale"],) if "qk_norm" in p else ()  # in their own type
     p = jax.tree.map(lambda leaf: leaf.astype(tokens.dtype), p)
     modulation = nn.silu(condition_BxD) @ p["modulation"]["kernel"] + p["modulation"]["bias"]
     shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = jnp.split(
       modulation[:, None], 6, axis=-1
     )
-    qkv = dense(_modulated_norm, *_flat(p["qkv"], inputs=1), tokens, shift_attention, scale_attention)
-    mixed = attend(num_heads, qkv)
+    qkv = dense(modulated_norm, *_flat(p["qkv"], inputs=1), tokens, shift_attention, scale_attention)
+    mixed = attend(num_heads, prepare, qkv, *scales)
     tokens = tokens + gate_attention * dense(_identity, *_flat(p["attention_out"], inputs=2), mixed)
 
-    hidden = dense(_modulated_norm, *_flat(p["mlp_in"], inputs=1), tokens, shift_mlp, scale_mlp)
-    return tokens + gate_mlp * dense(_gelu, *_flat(p["mlp_out"], inputs=1), hidden), None
+    activation, *into = (_swiglu, "mlp_in", "mlp_gate") if "mlp_gate" in p else (_gelu, "mlp_in")
+    kernels, biases = zip(*(_flat(p[name], inputs=1) for name in into))
+    joined = jnp.concatenate(kernels, axis=1), jnp.concatenate(biases)
+    hidden = dense(modulated_norm, *joined, tokens, shift_mlp, scale_mlp)
+    return tokens + gate_mlp * dense(activation, *_flat(p["mlp_out"], inputs=1), hidden), None
 
   return jax.lax.scan(wrap(block), tokens_BxTxD, params, unroll=unroll)[0]
 
@@ -78,10 +91,16 @@ def _gelu(x):
   return nn.gelu(x, approximate=True)
 
 
-def _modulated_norm(x_BxTxD, shift_Bx1xD, scale_Bx1xD):
-  """LayerNorm without parameters, in float32 or wider, then adaLN's shift and scale."""
+def _swiglu(x):
+  """Of the value and its gate, side by side."""
+  value, gate = jnp.split(x, 2, axis=-1)
+  return nn.silu(gate) * value
+
+
+def _modulated_norm(norm: str, x_BxTxD, shift_Bx1xD, scale_Bx1xD):
+  """LayerNorm or RMSNorm without parameters, in float32 or wider, then adaLN's shift and scale."""
   wide = x_BxTxD.astype(jnp.promote_types(x_BxTxD.dtype, jnp.float32))
-  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+  centred = wide - jnp.mean(wide, axis=-1, keepdims=True) if norm == "layer" else wide
   variance = jnp.mean(centred**2, axis=-1, keepdims=True)
   normed = (centred * jax.lax.rsqrt(variance + EPSILON)).astype(x_BxTxD.dtype)
   return normed * (1 + scale_Bx1xD) + shift_Bx1xD
@@ -120,28 +139,30 @@ def _rows(x: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------- attention
 
 
-def _attend_plain(num_heads: int, qkv_BxTx3D: jax.Array) -> jax.Array:
-  """Softmax attention of [B, T, 3·D], whose last axis is query, key and value of all heads → [B, T, D]."""
-  return _attend_forward(num_heads, qkv_BxTx3D)[0]
+def _attend_plain(num_heads: int, prepare: Callable, qkv_BxTx3D: jax.Array, *scales: jax.Array) -> jax.Array:
+  """Softmax attention of prepare([B, T, 3·D]), whose last axis is query, key and value of all heads → [B, T, D]."""
+  return _attend_forward(num_heads, prepare, qkv_BxTx3D, *scales)[0]
 
 
-# `_attend_plain` with a backward pass that keeps one number per row of attention weights and computes them again.
-_attend = jax.custom_vjp(_attend_plain, nondiff_argnums=(0,))
+# `_attend_plain` with a backward pass that keeps one number per row of attention weights, and computes the weights and
+# what they are computed from again.
+_attend = jax.custom_vjp(_attend_plain, nondiff_argnums=(0, 1))
 
 
-def _attend_forward(num_heads, qkv_BxTx3D):
-  query, key, value = _split_heads(qkv_BxTx3D, num_heads, 3)
+def _attend_forward(num_heads, prepare, qkv_BxTx3D, *scales):
+  query, key, value = _split_heads(prepare(qkv_BxTx3D, *scales), num_heads, 3)
   logits_BxHxTxS = _logits(query, key)
   peak_BxHxTx1 = jax.lax.stop_gradient(jnp.max(logits_BxHxTxS, axis=-1, keepdims=True))
   weights_BxHxTxS = jnp.exp(logits_BxHxTxS - peak_BxHxTx1)
   total_BxHxTx1 = jnp.sum(weights_BxHxTxS, axis=-1, keepdims=True)
   mixed_BxHxTxK = jnp.einsum("BHTS,BHSK->BHTK", weights_BxHxTxS.astype(value.dtype), value) / total_BxHxTx1
   mixed_BxTxD = _join_heads(mixed_BxHxTxK[None].astype(value.dtype))
-  return mixed_BxTxD, (qkv_BxTx3D, mixed_BxTxD, peak_BxHxTx1 + jnp.log(total_BxHxTx1))
+  return mixed_BxTxD, ((qkv_BxTx3D, *scales), mixed_BxTxD, peak_BxHxTx1 + jnp.log(total_BxHxTx1))
 
 
-def _attend_backward(num_heads, residuals, gradient_BxTxD):
-  qkv_BxTx3D, mixed_BxTxD, log_total_BxHxTx1 = residuals
+def _attend_backward(num_heads, prepare, residuals, gradient_BxTxD):
+  inputs, mixed_BxTxD, log_total_BxHxTx1 = residuals
+  qkv_BxTx3D, pull_back = jax.vjp(prepare, *inputs)
   query, key, value = _split_heads(qkv_BxTx3D, num_heads, 3)
   (gradient,) = _split_heads(gradient_BxTxD, num_heads, 1)
   (mixed,) = _split_heads(mixed_BxTxD, num_heads, 1)
@@ -158,7 +179,7 @@ def _attend_backward(num_heads, residuals, gradient_BxTxD):
   along_query = jnp.einsum("BHTS,BHSK->BHTK", along_logits, key)
   scale = query.shape[-1] ** -0.5
   stacked = jnp.stack([along_query * scale, along_key.swapaxes(2, 3) * scale, along_value.swapaxes(2, 3)])
-  return (_join_heads(stacked),)
+  return pull_back(_join_heads(stacked))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
