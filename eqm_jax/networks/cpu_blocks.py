@@ -30,7 +30,9 @@ def blocks(
   condition_BxD: jax.Array,
   *,
   num_heads: int,
+  qk_norm: bool,
   norm: str,
+  mlp: str,
   rope: bool,
   training: bool,
   unroll: int = 1,
@@ -43,8 +45,7 @@ def blocks(
     tokens_BxTxD: the embedded patches, in the type of the products.
     condition_BxD: the embedded label and time.
     num_heads: of the attention; divides D.
-    norm: of the tokens, "layer" or "rms".
-    rope: rotates queries and keys.
+    qk_norm, norm, mlp, rope: as `dit.DiT` has them.
     training: uses the backward pass that is written by hand, which has no forward-mode derivative.
     unroll: blocks per iteration of the scan over depth.
     wrap: applied to the function of one block, (tokens, parameters) → (tokens, None), such as `jax.checkpoint`.
@@ -55,7 +56,7 @@ def blocks(
   prepare = functools.partial(query_key.prepare, num_heads, rope)
 
   def block(tokens, p):
-    scales = (p["qk_norm"]["scale"],) if "qk_norm" in p else ()  # in their own type
+    scales = (p["qk_norm"]["scale"],) if qk_norm else ()  # in their own type
     p = jax.tree.map(lambda leaf: leaf.astype(tokens.dtype), p)
     modulation = nn.silu(condition_BxD) @ p["modulation"]["kernel"] + p["modulation"]["bias"]
     shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = jnp.split(
@@ -65,11 +66,8 @@ def blocks(
     mixed = attend(num_heads, prepare, qkv, *scales)
     tokens = tokens + gate_attention * dense(_identity, *_flat(p["attention_out"], inputs=2), mixed)
 
-    activation, *into = (_swiglu, "mlp_in", "mlp_gate") if "mlp_gate" in p else (_gelu, "mlp_in")
-    kernels, biases = zip(*(_flat(p[name], inputs=1) for name in into))
-    joined = jnp.concatenate(kernels, axis=1), jnp.concatenate(biases)
-    hidden = dense(modulated_norm, *joined, tokens, shift_mlp, scale_mlp)
-    return tokens + gate_mlp * dense(activation, *_flat(p["mlp_out"], inputs=1), hidden), None
+    hidden = dense(modulated_norm, *_into_mlp(p, mlp), tokens, shift_mlp, scale_mlp)
+    return tokens + gate_mlp * dense(ACTIVATIONS[mlp], *_flat(p["mlp_out"], inputs=1), hidden), None
 
   return jax.lax.scan(wrap(block), tokens_BxTxD, params, unroll=unroll)[0]
 
@@ -78,6 +76,14 @@ def _flat(layer: Any, inputs: int) -> tuple[jax.Array, jax.Array]:
   """Kernel [in, out] and bias [out] of a layer whose kernel's first `inputs` axes are contracted."""
   kernel = layer["kernel"]
   return kernel.reshape(math.prod(kernel.shape[:inputs]), -1), layer["bias"].reshape(-1)
+
+
+def _into_mlp(p: Any, mlp: str) -> tuple[jax.Array, jax.Array]:
+  """Kernel and bias of the MLP's first layer; of SwiGLU those of value and gate, side by side."""
+  if mlp == "gelu":
+    return _flat(p["mlp_in"], inputs=1)
+  kernels, biases = zip(*(_flat(p[name], inputs=1) for name in ("mlp_in", "mlp_gate")))
+  return jnp.concatenate(kernels, axis=1), jnp.concatenate(biases)
 
 
 # ---------------------------------------------------------------- activation, then dense layer
@@ -95,6 +101,9 @@ def _swiglu(x):
   """Of the value and its gate, side by side."""
   value, gate = jnp.split(x, 2, axis=-1)
   return nn.silu(gate) * value
+
+
+ACTIVATIONS = {"gelu": _gelu, "swiglu": _swiglu}
 
 
 def _modulated_norm(norm: str, x_BxTxD, shift_Bx1xD, scale_Bx1xD):

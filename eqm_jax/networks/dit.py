@@ -45,8 +45,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 NORMS = ("layer", "rms")
 MLPS = ("gelu", "swiglu")
 # Attributes that shape the parameters; of the energies, "scalar" does.
-SHAPING = ("channels", "patch_size", "width", "depth", "num_heads", "num_classes", "mlp_ratio", "learn_sigma", "energy")
-SHAPING += ("qk_norm", "mlp")
+SHAPING = "channels patch_size width depth num_heads num_classes mlp_ratio learn_sigma energy qk_norm mlp".split()
 BLOCK_OPTIONS = ("qk_norm", "norm", "mlp", "rope")  # of which the paper's network has none
 TIME_FREQUENCIES = 256
 MODULATIONS = "modulations"  # name of the operations that compute those of all blocks
@@ -189,8 +188,7 @@ class DiT(nn.Module):
       tokens_BxTxD,
       condition_BxD,
       num_heads=self.num_heads,
-      norm=self.norm,
-      rope=self.rope,
+      **self._block_options,
       training=training,
       unroll=min(self.unroll, self.depth),
       **({} if self.remat == "none" else {"wrap": wrap}),
@@ -219,8 +217,12 @@ class DiT(nn.Module):
 
   @property
   def _block_attributes(self) -> dict[str, Any]:
-    options = {name: getattr(self, name) for name in BLOCK_OPTIONS}
-    return {"width": self.width, "num_heads": self.num_heads, "hidden_width": self.hidden_width, **options}
+    sizes = {"width": self.width, "num_heads": self.num_heads, "hidden_width": self.hidden_width}
+    return {**sizes, **self._block_options}
+
+  @property
+  def _block_options(self) -> dict[str, Any]:
+    return {name: getattr(self, name) for name in BLOCK_OPTIONS}
 
   def _check_arguments(self, x, label, gamma):
     if x.ndim != 4 or x.shape[1:] != self.input_shape:

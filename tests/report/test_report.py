@@ -8,6 +8,8 @@ import pytest
 from conftest import load_config
 
 from eqm_jax import modes
+from eqm_jax.networks import flops
+from eqm_jax.networks.dit import BLOCK_OPTIONS, DiT
 from eqm_jax.report import lab, page, report
 
 CLAIM = {
@@ -81,8 +83,8 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
 
     return claim
 
-  monkeypatch.setattr(lab, "MODELS", {"eqm": {}})
-  monkeypatch.setattr(report, "CLAIMS", {"first": (measured("first"), 1), "second": (measured("second", True), 1)})
+  claims = {"first": measured("first"), "second": measured("second", fails=True)}
+  monkeypatch.setattr(report, "CLAIMS", {name: report._Measurement(claim, 1) for name, claim in claims.items()})
   caplog.set_level(logging.INFO, "eqm_jax")
   with pytest.raises(OSError, match="disk is full"):
     modes.run("report", small_config(("first", "second")), str(tmp_path))
@@ -138,4 +140,29 @@ def test_models_differ_in_what_they_are_compared_by_alone():
     assert one.seed == 1 and one.data == config.data and one.optimizer == config.optimizer
     assert one.train.steps == config.train.steps
     same = {**one.model.to_dict(), "time_input": False, "energy": "none"}
-    assert same == config.model.to_dict()
+    options = {option: config.model[option] for option in BLOCK_OPTIONS} if name == "modern" else {}
+    assert same | options == config.model.to_dict()
+
+
+def test_the_modern_block_takes_the_compute_of_the_papers():
+  made = lab.Models(load_config("report", "beyond"), "/nowhere")
+  plain, modern = (DiT(**made.config(name, 0).model) for name in ("eqm", "modern"))
+  assert all(getattr(plain, option) != getattr(modern, option) for option in BLOCK_OPTIONS)
+  np.testing.assert_allclose(flops.training(modern), flops.training(plain), rtol=0.01)
+
+
+@pytest.mark.slow
+def test_options_beyond_the_paper_have_a_page_with_their_own_models(tmp_path):
+  config = load_config("report", "beyond,quick")
+  config.train.steps = 4
+  config.optimizer.warmup_steps = 1
+  config.report.update(num_samples=20, batch_size=20, max_nfe=4, num_held_out=10)
+  modes.run("report", config, str(tmp_path))
+  claims = json.loads((tmp_path / "report.json").read_text())["claims"]
+  assert list(claims) == ["modern_block"] and {path.name for path in (tmp_path / "models").iterdir()} == {
+    "eqm-0",
+    "modern-0",
+  }
+  costs = claims["modern_block"]["numbers"]["costs"]
+  assert costs["modern"]["flops"] == pytest.approx(costs["the paper's"]["flops"], rel=0.05)
+  assert "report.py:beyond,quick --workdir=runs/beyond" in (tmp_path / "index.html").read_text()
