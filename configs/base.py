@@ -51,6 +51,10 @@ def get_config() -> ml_collections.ConfigDict:
     attention="auto",  # "xla", "pallas" (kernel for TPUs), "cudnn" (GPUs, bfloat16); "auto": by device, type and shape
     block="auto",  # how blocks are written: "xla" for TPUs and GPUs, "cpu", or "auto" by the backend
     energy="none",  # "none": the network is the field; "dot", "l2" or "scalar": the gradient of this energy is
+    qk_norm=False,  # RMSNorm of each head's query and key, with a learned scale (docs/options.md, as the next three)
+    norm="layer",  # of the tokens: "layer", LayerNorm, or "rms", RMSNorm
+    mlp="gelu",  # or "swiglu": gated, of as many parameters
+    rope=False,  # rotary positions: query and key are rotated by row and column; the fixed table is added as before
   )
   config.objective = config_dict.create(
     kind="equilibrium",  # or "flow_matching"
@@ -99,9 +103,8 @@ def get_config() -> ml_collections.ConfigDict:
     gather="layer",  # blocks split by fsdp are gathered one by one, or once a "step", and kept in model.dtype
   )
 
-  # One row of the evaluation each.
   config.samplers = config_dict.create(gd=sampler(), nag=sampler(rule="nag", momentum=0.3))
-  config.samplers.adaptive = sampler(threshold=4.0)
+  config.samplers.adaptive = sampler(threshold=4.0)  # each sampler is a row of the evaluation
   config.evaluation = config_dict.create(
     num_samples=FieldReference(1000),  # of each sampler; None: no evaluation, not during training either
     batch_size=200,  # samples in flight on each device

@@ -5,8 +5,8 @@ Hardware:  two CPU cores with AVX2, 4 GiB: two minutes of training and two of ev
 Expected:  Fréchet distance in pixel space 0.24 (adaptive) and 0.32 (GD), where two halves of the real digits have
            0.29, and in a classifier's features 0.19, 0.28 and 0.64; classifier accuracy 0.99; adaptive descent takes
            107 NFE on average. The loss ends near 5.3, 0.39 of E[c²].
-Variants:  digits.py:smoke (short, for tests), :samplers, :flow_matching, :flow_matching_untimed and the explicit
-           energies :dot, :scalar and :l2, which starts from the run above.
+Variants:  digits.py:smoke (short, for tests), :samplers, :modern (docs/options.md), :flow_matching,
+           :flow_matching_untimed and the explicit energies :dot, :scalar and :l2, which starts from the run above.
 """
 
 import pathlib
@@ -79,6 +79,7 @@ VARIANTS = {
   "samplers": samplers,
   "flow_matching": flow_matching,
   "flow_matching_untimed": flow_matching_untimed,
+  "modern": lambda config: config.model.update(qk_norm=True, norm="rms", mlp="swiglu", rope=True),
   "dot": lambda config: config.model.update(energy="dot"),
   "scalar": lambda config: config.model.update(energy="scalar"),
   "l2": lambda config: config.update(model=dict(energy="l2"), train=dict(init_from="runs/digits")),  # the run above

@@ -6,17 +6,15 @@ Command:   python -m eqm_jax.main --config=configs/imagenet256.py --workdir=runs
            images are those of a TFDS build; with "-online" they are encoded in each step, without a cache.
 Hardware:  a TPU slice or GPUs; not run by us yet. XL/2 takes 0.71 TFLOP per image and step, so 7.0 million steps of 256
            (1,400 epochs) take an estimated 56 hours at half of the peak of 64 v5e chips (197 TFLOP/s each, bfloat16).
-           State: 10.8 GB, split by fsdp. docs/plan.md has what each size takes on slices from v5e-16 to v4-32;
-           --mode=plan computes it for others. On one device, or any number that four does not divide:
-           --config.mesh.fsdp=-1 --config.mesh.data=1.
+           State: 10.8 GB, split by fsdp. docs/plan.md has what each size takes on slices; --mode=plan computes others.
+           On one device, or any number that four does not divide: --config.mesh.fsdp=-1 --config.mesh.data=1.
 Expected:  the paper's figures (FID of 50,000 samples). XL/2, 1,400 epochs, with guidance: 1.90. B/2, 80 epochs (400,000
-           steps), without guidance: 32.85. The loss of B/2 flattens near 10.3; that is normal, see `relative_loss` in
-           the metrics. With the authors' checkpoints, without training and without ImageNet (docs/evaluation.md):
+           steps), without guidance: 32.85; its loss flattens near 10.3 (see `relative_loss` in the metrics). With the
+           authors' checkpoints, without training and without ImageNet (docs/evaluation.md):
            --config=configs/imagenet256.py:B/2 --mode=evaluate --checkpoint=EqM-B-2.pt for 32.85,
            --config=configs/imagenet256.py:XL/2 --mode=evaluate --checkpoint=EqM-XL-2.pt for 1.90.
-Data:      docs/data.md says what to download: the images to data/imagenet/train, Stable Diffusion's autoencoder to
-           data/sd-vae-ft-ema; docs/evaluation.md the same of Inception's weights and ADM's statistics.
-           --config.evaluation.num_samples=None does without the latter.
+Data:      the images in data/imagenet/train and Stable Diffusion's autoencoder in data/sd-vae-ft-ema (docs/data.md);
+           Inception's weights and ADM's statistics (docs/evaluation.md), or --config.evaluation.num_samples=None.
 """
 
 import functools
@@ -31,14 +29,14 @@ RULES = (  # the first regex that is found in a parameter's path decides; the bl
   ("blocks/qkv/kernel", (None, "fsdp", None, "tensor", None)),  # width → 3, heads, width of a head
   ("blocks/qkv/bias", (None, None, "tensor", None)),
   ("blocks/attention_out/kernel", (None, "tensor", None, "fsdp")),  # heads, width of a head → width
-  ("blocks/mlp_in/kernel", (None, "fsdp", "tensor")),
-  ("blocks/mlp_in/bias", (None, "tensor")),
+  ("blocks/mlp_(in|gate)/kernel", (None, "fsdp", "tensor")),
+  ("blocks/mlp_(in|gate)/bias", (None, "tensor")),
   ("blocks/mlp_out/kernel", (None, "tensor", "fsdp")),
   ("blocks/modulation/kernel", (None, None, "fsdp")),  # by its outputs, which need no sum over devices
   ("blocks/modulation/bias", (None, "fsdp")),
   ("final_modulation/kernel", ("fsdp", None)),
   ("label_embed/embedding|time_embed/dense_./kernel", (None, "fsdp")),  # 1,001 classes divide by nothing
-  ("(patch_embed|final_out|energy_out)/kernel|bias", ()),  # narrow
+  ("(patch_embed|final_out|energy_out)/kernel|bias|qk_norm", ()),  # narrow
 )
 
 

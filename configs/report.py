@@ -3,8 +3,8 @@
 Command:   python -m eqm_jax.main --config=configs/report.py --workdir=runs/report --mode=report
 Hardware:  two CPU cores, 4 GiB: about an hour and a half; killed, it goes on claim by claim and step by step.
 Expected:  runs/report/index.html, with its figures and report.json.
-Variants:  report.py:beyond, for options that the paper does not have (docs/options.md); with ":quick", or
-           ":beyond,quick", networks hardly learn, in minutes.
+Variants:  report.py:beyond, for options that the paper does not have (docs/options.md), takes about as long;
+           with ":quick", or ":beyond,quick", networks hardly learn, in minutes.
 
 The network, the data and the optimizer are those of configs/digits.py; one digit in six is held out.
 """
@@ -45,6 +45,7 @@ PAPER = {
 }
 BEYOND = {
   "gammas": ("With a density of γ ∝ 1/c(γ) samples are better than with uniform γ", "Not in the paper: γ is uniform."),
+  "modern_block": ("A modern block makes better samples at equal compute", "Not in the paper: its blocks are DiT's."),
 }
 DESCRIPTION = """Each claim of the Equilibrium Matching paper beside what was measured here, on a small network and
 small pictures. A claim that fails here may well hold on ImageNet, and the other way round. The criterion given with a

@@ -4,14 +4,12 @@ Command:   python -m eqm_jax.main --config=configs/toy2d.py --workdir=runs/moons
            Variants: toy2d.py:two_moons (the default), :eight_gaussians, :checkerboard; with "-dot" or "-scalar" after
            it an explicit energy; "-imagenet" trains as on ImageNet; "-smoke" is short, for tests.
 Hardware:  two CPU cores, 2 GiB: about two minutes
-Expected:  evaluation/plane.png, the field, its energy and descents, with the optimal field below, and
-           evaluation/samples_adaptive.png. Samples are about as near to the data as new data is, and all of the data
-           is reached.
+Expected:  evaluation/plane.png, the field, its energy and descents, with the optimal field below. Samples are about as
+           near to the data as new data is, and all of the data is reached.
 
-In few dimensions a point does not reveal its γ, so the field near the data is an average over many γ, and with
-ImageNet's c(γ) (a = 0.8) it does not vanish on the data: descents drift along the moons and gather in a few places.
-Here a is smaller, and a fraction of the points is trained at γ = 1 exactly, where the target is zero: then the data
-itself is at rest.
+In few dimensions a point does not reveal its γ, so the field near the data is an average over many γ. With ImageNet's
+c(γ) (a = 0.8) descents drift along the moons and gather in a few places. Here a is smaller, and a fraction of the
+points is trained at γ = 1 exactly, where the target is zero: then the data itself is at rest.
 """
 
 import functools

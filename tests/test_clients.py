@@ -89,10 +89,12 @@ def test_orbax_and_flax_sample_an_export_and_a_checkpoint(tmp_path):
   assert not np.allclose(found["ema"], found["params"])
 
 
-def test_an_energy_is_refused_in_one_line():
+def test_other_networks_are_refused_in_one_line():
   network_of = runpy.run_path(str(CLIENTS / "sample_with_flax.py"))["network_of"]
   with pytest.raises(SystemExit, match="the model is an explicit energy"):
     network_of(attributes(MODEL.clone(energy="dot")))
+  with pytest.raises(SystemExit, match="the model has mlp = 'swiglu'"):
+    network_of(attributes(MODEL.clone(mlp="swiglu")))
 
 
 REFERENCE = os.environ.get("EQM_REFERENCE")  # folder of the authors' code

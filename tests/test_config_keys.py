@@ -18,7 +18,6 @@ from test_configs import base_keys
 from eqm_jax import modes as modes_lib
 from eqm_jax.evaluation import features
 from eqm_jax.networks import dit
-from eqm_jax.report import lab
 from eqm_jax.sampling.generator import Generator
 
 # Sections whose keys are read as attributes of what is made with `**section`: test_configs.py compares them.
@@ -338,8 +337,7 @@ def test_every_key_is_read_by_a_run(small, modes, tmp_path):
 
 
 @pytest.mark.slow  # CI runs the whole report in its short form
-def test_every_key_of_the_report_is_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(lab, "MODELS", {name: lab.MODELS[name] for name in ("eqm", "flow_matching")})
+def test_every_key_of_the_report_is_read(tmp_path):
   config = load_config("report", "quick")
   config.model.width = 16
   config.train.steps = 2

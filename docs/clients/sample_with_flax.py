@@ -120,6 +120,9 @@ def network_of(attributes: dict[str, Any]) -> Network:
   """The network with the attributes of a config.json."""
   if attributes["energy"] != "none" or attributes["time_input"]:
     raise SystemExit("the model is an explicit energy or takes the time: this script samples implicit fields alone")
+  for name, plain in {"qk_norm": False, "norm": "layer", "mlp": "gelu", "rope": False}.items():
+    if attributes.get(name, plain) != plain:
+      raise SystemExit(f"the model has {name} = {attributes[name]!r}: this script has the paper's network alone")
   return Network(**{name: attributes[name] for name in Network.__annotations__ if name in attributes})
 
 

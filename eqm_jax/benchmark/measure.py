@@ -214,7 +214,8 @@ def activation_bytes(model: DiT) -> int:
   and after the softmax. With the policies "dots" and "dots_no_batch": what they name. With "full": the block's input.
   """
   T, D, size = (model.input_size // model.patch_size) ** 2, model.width, jnp.dtype(model.dtype).itemsize
-  products = size * T * (5 * D + round(D * model.mlp_ratio))  # query, key, value, two results; the hidden layer
+  hidden = model.hidden_width * (2 if model.mlp == "swiglu" else 1)
+  products = size * T * (5 * D + hidden)  # query, key, value, two results
   weights = size * model.num_heads * T * T
   policies = {"none": 2 * (products + weights), "dots": products + weights, "dots_no_batch": products}
   block = {**policies, "full": size * T * D}[model.remat]

@@ -108,6 +108,10 @@ def export_reference(path: str | os.PathLike, model: dit.DiT, params: Any, *, le
   """
   if model.energy == "scalar":
     raise ValueError("model.energy = 'scalar': the authors' network has no such energy, only 'none', 'dot' and 'l2'")
+  for name, value in dit.beyond_the_paper(model).items():
+    raise ValueError(
+      f"model.{name} = {value!r}: the authors' network has no such option. `eqm_jax.save_pretrained` writes this model"
+    )
   state = to_state_dict(model, params)
   if learn_sigma and not model.learn_sigma:
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):

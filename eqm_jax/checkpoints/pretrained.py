@@ -126,7 +126,8 @@ def _model_config(path: str) -> dict[str, Any]:
       f".safetensors file, or weights of the package ({', '.join(shipped())}) where no local path has their name"
     )
   config = read_json(config_path)
-  required = [field.name for field in dit.attribute_fields() if field.default is dataclasses.MISSING]
+  optional = dit.default_attributes()
+  required = [field.name for field in dit.attribute_fields() if field.name not in optional]
   if not isinstance(config, dict) or not set(config.get("model", ())) >= set(required):
     raise ValueError(f"{config_path}: not the config of a model: its section 'model' needs {', '.join(required)}")
   _check_names(config["model"], config_path)

@@ -8,6 +8,7 @@ order, are those of XLA's form.
 import functools
 import logging
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,16 @@ from jax.sharding import AxisType, PartitionSpec
 
 FORMS = ("auto", "xla", "pallas", "pallas_interpret", "cudnn")
 KERNELS = ("pallas", "pallas_interpret")
-OPERAND, RESULT = "attention_operand", "attention_result"  # of the kernel: names for rematerialisation
+OPERAND, RESULT = "attention_operand", "attention_result"  # around the kernel: names for rematerialisation
 # Mesh axes that activations are sharded over: along samples, and within a layer.
 SAMPLES, WITHIN_LAYER = ("data", "fsdp"), "tensor"
 
 log = logging.getLogger(__name__)
 
 
-def attend(qkv: jax.Array, num_heads: int, form: str, training: bool = False) -> jax.Array:
+def attend(
+  qkv: jax.Array, num_heads: int, form: str, training: bool = False, prepare: Callable | None = None
+) -> jax.Array:
   """Softmax attention of query, key and value of all heads.
 
   Args:
@@ -31,6 +34,7 @@ def attend(qkv: jax.Array, num_heads: int, form: str, training: bool = False) ->
     num_heads: H.
     form: one of FORMS. The kernel's fall back to "xla" for shapes that it does not take.
     training: allows a backward pass that has no forward-mode derivative.
+    prepare: applied to `qkv` first, such as `query_key.prepare`. The backward pass computes it again.
 
   Returns:
     [B, T, H·K], or [B, T, H, K].
@@ -41,6 +45,9 @@ def attend(qkv: jax.Array, num_heads: int, form: str, training: bool = False) ->
   form = resolve(jax.ShapeDtypeStruct(shape, qkv.dtype), form)
   if form in KERNELS:
     qkv = checkpoint_name(qkv, OPERAND)
+  if prepare:
+    qkv = jax.checkpoint(prepare, prevent_cse=False)(qkv)
+  if form in KERNELS:
     return checkpoint_name((_fused if training else _differentiable)(form, num_heads, qkv), RESULT)
   return (_of_jax if training or form == "xla" else _differentiable)(form, num_heads, qkv)
 

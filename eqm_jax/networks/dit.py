@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from eqm_jax import checks
-from eqm_jax.networks import attention, cpu_blocks
+from eqm_jax.networks import attention, cpu_blocks, query_key
 from eqm_jax.networks.attention import SAMPLES, WITHIN_LAYER
 from eqm_jax.trees import path_name
 
@@ -42,8 +42,11 @@ REMAT_POLICIES = {
 BLOCKS = ("auto", "xla", "cpu")
 ENERGIES = ("none", "dot", "l2", "scalar")
 DTYPES = ("float32", "bfloat16", "float64")
+NORMS = ("layer", "rms")
+MLPS = ("gelu", "swiglu")
 # Attributes that shape the parameters; of the energies, "scalar" does.
-SHAPING = ("channels", "patch_size", "width", "depth", "num_heads", "num_classes", "mlp_ratio", "learn_sigma", "energy")
+SHAPING = "channels patch_size width depth num_heads num_classes mlp_ratio learn_sigma energy qk_norm mlp".split()
+BLOCK_OPTIONS = ("qk_norm", "norm", "mlp", "rope")  # of which the paper's network has none
 TIME_FREQUENCIES = 256
 MODULATIONS = "modulations"  # name of the operations that compute those of all blocks
 
@@ -72,6 +75,10 @@ class DiT(nn.Module):
   block: str = "auto"  # form of the blocks: "xla" for TPUs and GPUs, "cpu" for CPUs, "auto" chooses by the backend
   energy: str = "none"  # meaning of the output: "none", the field itself; "dot" or "l2", part of an energy;
   # "scalar", the energy itself, [B], by a head that sums over the tokens in place of the last layer
+  qk_norm: bool = False  # RMSNorm of each head's query and key, with a learned scale
+  norm: str = "layer"  # of the tokens, without parameters: "layer", or "rms", which subtracts no mean
+  mlp: str = "gelu"  # or "swiglu", a gated one of as many parameters
+  rope: bool = False  # rotates query and key by row and column, besides the fixed table of positions
 
   def __post_init__(self):
     _check_attributes(self)
@@ -86,6 +93,19 @@ class DiT(nn.Module):
   def twice_differentiable(self) -> "DiT":
     """The same model with an attention that has second derivatives without computing anything twice: XLA's."""
     return self if self.attention == "xla" else self.clone(attention="xla")
+
+  @property
+  def hidden_width(self) -> int:
+    """Width of the hidden layer of the blocks' MLP.
+
+    SwiGLU has three matrices in place of two, so its width is 2/3 of `mlp_ratio` · `width`: the nearest multiple of 128
+    (the lanes of a TPU) from 1,024 up, of 8 below.
+    """
+    if self.mlp == "gelu":
+      return round(self.width * self.mlp_ratio)
+    exact = self.width * self.mlp_ratio * 2 / 3
+    multiple = 128 if exact >= 1024 else 8
+    return max(1, round(exact / multiple)) * multiple
 
   @property
   def block_form(self) -> str:
@@ -152,7 +172,7 @@ class DiT(nn.Module):
     # It is narrow, and its output is summed over hundreds of steps: never below float32.
     wide = jnp.promote_types(self.dtype, jnp.float32)
     shift, scale = _modulation(2, self.width, wide, "final_modulation", condition_BxD)
-    normed_BxTxD = _modulate(_layer_norm(tokens_BxTxD.astype(wide)), shift, scale)
+    normed_BxTxD = _modulate(_norm(tokens_BxTxD.astype(wide), self.norm), shift, scale)
     zeros = nn.initializers.zeros
     if self.energy == "scalar":
       energy_BxTx1 = nn.Dense(1, dtype=wide, kernel_init=zeros, name="energy_out")(normed_BxTxD)
@@ -168,6 +188,7 @@ class DiT(nn.Module):
       tokens_BxTxD,
       condition_BxD,
       num_heads=self.num_heads,
+      **self._block_options,
       training=training,
       unroll=min(self.unroll, self.depth),
       **({} if self.remat == "none" else {"wrap": wrap}),
@@ -176,7 +197,7 @@ class DiT(nn.Module):
   def _blocks(self, tokens_BxTxD, condition_BxD, training: bool):
     params, dtype = dict(self.get_variable("params", "blocks")), tokens_BxTxD.dtype
     modulation_LxBxN = _all_modulations(params.pop("modulation"), condition_BxD, dtype)
-    block = Block(self.width, self.num_heads, self.mlp_ratio, dtype, self.attention, training, parent=None)
+    block = Block(**self._block_attributes, dtype=dtype, attention=self.attention, training=training, parent=None)
 
     def one(tokens_BxTxD, layer):
       params, modulation_BxN = layer
@@ -192,7 +213,16 @@ class DiT(nn.Module):
     """All blocks as one module, whose parameters are stacked."""
     options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
     stack = nn.scan(Block, length=self.depth, **options)
-    return stack(self.width, self.num_heads, self.mlp_ratio, dtype, "xla", training=False, name="blocks")
+    return stack(**self._block_attributes, dtype=dtype, attention="xla", training=False, name="blocks")
+
+  @property
+  def _block_attributes(self) -> dict[str, Any]:
+    sizes = {"width": self.width, "num_heads": self.num_heads, "hidden_width": self.hidden_width}
+    return {**sizes, **self._block_options}
+
+  @property
+  def _block_options(self) -> dict[str, Any]:
+    return {name: getattr(self, name) for name in BLOCK_OPTIONS}
 
   def _check_arguments(self, x, label, gamma):
     if x.ndim != 4 or x.shape[1:] != self.input_shape:
@@ -221,7 +251,11 @@ class Block(nn.Module):
 
   width: int
   num_heads: int
-  mlp_ratio: float
+  hidden_width: int
+  qk_norm: bool
+  norm: str
+  mlp: str
+  rope: bool
   dtype: Any
   attention: str
   training: bool
@@ -235,20 +269,43 @@ class Block(nn.Module):
       modulation = jnp.split(modulation_BxN[:, None], 6, axis=-1)
     shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
 
-    h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_attention, scale_attention)
+    h_BxTxD = _modulate(_norm(tokens_BxTxD, self.norm), shift_attention, scale_attention)
     flat = jax.sharding.get_abstract_mesh().shape.get(WITHIN_LAYER, 1) == 1
     qkv = _Dense((self.width,), (3, *heads), dtype, flat, name="qkv")(h_BxTxD)
     if not flat:
       qkv = _constrain(qkv, SAMPLES, None, None, WITHIN_LAYER)
-    mixed = attention.attend(qkv, self.num_heads, self.attention, self.training)
+    mixed = attention.attend(qkv, self.num_heads, self.attention, self.training, self._prepare())
     h_BxTxD = _Dense(heads, (self.width,), dtype, flat, name="attention_out")(mixed)
     tokens_BxTxD = _constrain(tokens_BxTxD + gate_attention * h_BxTxD, SAMPLES)
 
-    h_BxTxD = _modulate(_layer_norm(tokens_BxTxD), shift_mlp, scale_mlp)
-    h_BxTxF = nn.gelu(_dense(round(self.width * self.mlp_ratio), dtype, name="mlp_in")(h_BxTxD), approximate=True)
-    h_BxTxF = _constrain(h_BxTxF, SAMPLES, None, WITHIN_LAYER)
+    h_BxTxD = _modulate(_norm(tokens_BxTxD, self.norm), shift_mlp, scale_mlp)
+    h_BxTxF = _constrain(self._hidden(h_BxTxD), SAMPLES, None, WITHIN_LAYER)
     tokens_BxTxD = tokens_BxTxD + gate_mlp * _dense(self.width, dtype, name="mlp_out")(h_BxTxF)
     return _constrain(tokens_BxTxD, SAMPLES), None
+
+  def _prepare(self):
+    """What is done to queries and keys before attention; None: nothing."""
+    scale = _Scale((2, self.width // self.num_heads), name="qk_norm")() if self.qk_norm else None
+    if scale is None and not self.rope:
+      return None
+    return functools.partial(query_key.prepare, self.num_heads, self.rope, scale_2xK=scale)
+
+  def _hidden(self, h_BxTxD):
+    """The MLP's hidden layer."""
+    h_BxTxF = _dense(self.hidden_width, self.dtype, name="mlp_in")(h_BxTxD)
+    if self.mlp == "gelu":
+      return nn.gelu(h_BxTxF, approximate=True)
+    return nn.silu(_dense(self.hidden_width, self.dtype, name="mlp_gate")(h_BxTxD)) * h_BxTxF
+
+
+class _Scale(nn.Module):
+  """A learned array, of ones when initialised."""
+
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self):
+    return self.param("scale", nn.initializers.ones, self.shape)
 
 
 class _Dense(nn.Module):
@@ -322,9 +379,21 @@ def attributes(model: DiT) -> dict[str, Any]:
   return {field.name: getattr(model, field.name) for field in attribute_fields()}
 
 
+def default_attributes() -> dict[str, Any]:
+  """The attributes that need not be given, with the values that they then have."""
+  fields = attribute_fields()
+  return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+
+
 def attribute_fields() -> list[dataclasses.Field]:
   """The attributes of DiT, without those that linen adds."""
   return [field for field in dataclasses.fields(DiT) if field.name not in ("parent", "name")]
+
+
+def beyond_the_paper(model: DiT) -> dict[str, Any]:
+  """{attribute: value} of what the paper's blocks do not have."""
+  defaults = default_attributes()
+  return {name: getattr(model, name) for name in BLOCK_OPTIONS if getattr(model, name) != defaults[name]}
 
 
 def first_difference(saved: DiT, asked: DiT) -> tuple[str, str, Any, Any] | None:
@@ -400,9 +469,11 @@ def _modulate(x, shift, scale):
   return x * (1 + scale) + shift
 
 
-def _layer_norm(x):
-  """LayerNorm without parameters, in float32 or wider."""
+def _norm(x, kind: str):
+  """LayerNorm or RMSNorm without parameters, in float32 or wider."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
+  if kind == "rms":
+    return nn.RMSNorm(epsilon=1e-6, use_scale=False, dtype=wide)(x).astype(x.dtype)
   norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=wide)
   return norm(x).astype(x.dtype)
 
@@ -436,7 +507,19 @@ def _check_attributes(m: DiT):
     )
   checks.one_of("model.attention", m.attention, attention.FORMS)
   checks.one_of("model.block", m.block, BLOCKS)
+  _check_block_options(m)
   checks.one_of("model.energy", m.energy, ENERGIES)
   if m.energy != "none" and m.time_input:
     raise ValueError(f"model.energy = {m.energy!r} is a landscape without time: set model.time_input = False")
   checks.one_of("model.dtype", m.dtype, DTYPES)
+
+
+def _check_block_options(m: DiT):
+  checks.one_of("model.norm", m.norm, NORMS)
+  checks.one_of("model.mlp", m.mlp, MLPS)
+  head = m.width // m.num_heads
+  if m.rope and head % 4:
+    raise ValueError(
+      f"model.rope = True rotates pairs of numbers, half of them by row and half by column, but the heads' width is "
+      f"{head} (model.width / model.num_heads): make it a multiple of 4, or set model.rope = False"
+    )

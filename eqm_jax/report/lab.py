@@ -51,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
   "dot": {"model.energy": "dot"},
   "scalar": {"model.energy": "scalar"},
   "l2": {"model.energy": "l2"},  # initialised with the parameters of "eqm"
+  "modern": {"model.qk_norm": True, "model.norm": "rms", "model.mlp": "swiglu", "model.rope": True},
 }
 
 

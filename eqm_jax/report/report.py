@@ -50,6 +50,7 @@ CLAIMS = {  # in the order of the page
   "composition": _Measurement(landscape_claims.composition, 2),
   "memorisation": _Measurement(landscape_claims.memorisation, 0.5),
   "energies": _Measurement(training_claims.energies, 4, ("eqm", "dot", "scalar", "l2")),
+  "modern_block": _Measurement(training_claims.modern_block, 1, ("eqm", "modern")),
 }
 TRAINING_COST = {"dot": 1.8, "scalar": 1.8, "l2": 1.8}  # relative to an implicit model
 LEAST = {"seeds": 1, "num_samples": 20, "batch_size": 1, "num_held_out": 10, "max_nfe": 4}  # for every claim

@@ -141,9 +141,10 @@ def gathered_blocks(params: Any, shardings: Any, dtype: str) -> Any:
   """Parameters whose blocks are in the type of the products and whole along `fsdp`, before the loop over the blocks.
 
   Each device then holds all blocks' weights in that type. Their gradients leave the loop split as the parameters are.
-  The modulation stays split: the network computes it outside of the loop, from each device's part.
+  The modulation stays split: the network computes it outside of the loop, from each device's part. The scales of
+  queries and keys, two vectors, keep their type.
   """
-  looped = {name: layer for name, layer in params["blocks"].items() if name != "modulation"}
+  looped = {name: layer for name, layer in params["blocks"].items() if name not in ("modulation", "qk_norm")}
   split = {name: shardings["blocks"][name] for name in looped}
 
   def whole(leaf, placed):

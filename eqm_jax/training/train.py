@@ -29,7 +29,7 @@ from eqm_jax.data.samples import Source
 from eqm_jax.evaluation.reference_data import ReferenceData
 from eqm_jax.io import workdir_lock, write_json
 from eqm_jax.networks import attention, flops
-from eqm_jax.networks.dit import DiT, first_difference
+from eqm_jax.networks.dit import BLOCK_OPTIONS, DiT, first_difference
 from eqm_jax.sampling.generator import Generator
 from eqm_jax.training import metric_logger, periodic_evaluation, run_page, sharding, validation, wandb_run
 from eqm_jax.training import state as state_lib
@@ -220,6 +220,10 @@ def _load_init_params(path: str | None, workdir: str, run: _Run) -> Any:
   if run.model.energy == "l2" and not any(np.any(leaf) for leaf in jax.tree.leaves(loaded.params["final_out"])):
     raise ValueError(f"train.init_from = {path!r} has an output layer of zeros, {validation.NO_GRADIENT}")
   log.info("started from the weights of %s", path)
+  for name in BLOCK_OPTIONS:  # those that shape no parameter
+    theirs, ours = getattr(loaded.model, name), getattr(run.model, name)
+    if theirs != ours:
+      log.warning("the weights were trained with model.%s = %r, this model has %r", name, theirs, ours)
   if classes == run.model.num_classes:
     return loaded.params
   log.warning(

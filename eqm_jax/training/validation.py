@@ -15,7 +15,7 @@ from eqm_jax.data.samples import Source
 from eqm_jax.equilibrium import energy, gamma
 from eqm_jax.equilibrium.objective import Schedule, schedule_of
 from eqm_jax.io import read_json
-from eqm_jax.networks.dit import DiT
+from eqm_jax.networks.dit import DiT, default_attributes
 
 VERSION = "eqm_jax_version"  # in config.json; the first release wrote none
 FIRST_VERSION = "0.1.0"
@@ -194,7 +194,8 @@ def _check_classes(workdir: str, saved: Sequence[str] | None, current: Sequence[
 def check_same_config(workdir: str, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
   """The config of the checkpoints in a workdir, which must be this one; None if there are none.
 
-  A key that the saved config lacks is new, with a default that changes nothing.
+  A key that the saved config lacks is new, with a default that changes nothing; an attribute of the model that it lacks
+  has its default, and is compared.
 
   Raises:
     ValueError: naming what differs; for a config of an older version, its version.
@@ -204,6 +205,7 @@ def check_same_config(workdir: str, config: ml_collections.ConfigDict) -> dict[s
     return None
   saved, current = read_json(path), json.loads(config.to_json())
   _check_version(path, saved, current)
+  saved["model"] = {**default_attributes(), **saved["model"]}
   # What encodes in each step makes the data; with a cache it only decodes samples.
   free = (*FREE, "autoencoder.dtype.") if config.data.source == "latents" else FREE
   differing = [

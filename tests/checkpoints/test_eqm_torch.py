@@ -210,6 +210,15 @@ def test_an_energy_that_the_authors_lack_is_not_exported(name, tmp_path, p4):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", [{"qk_norm": True}, {"norm": "rms"}, {"mlp": "swiglu"}, {"rope": True}], ids=str)
+def test_a_block_that_the_authors_lack_is_not_exported(option, tmp_path, p4):
+  model, params, _ = p4
+  ((name, value),) = option.items()
+  with pytest.raises(ValueError, match=rf"model\.{name} = {value!r}: .*no such option.*save_pretrained"):
+    eqm_jax.export_reference(tmp_path / "x.pt", model.clone(**option), params)
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
   "asked, text",
   [
@@ -220,6 +229,8 @@ def test_an_energy_that_the_authors_lack_is_not_exported(name, tmp_path, p4):
     ({"num_heads": 2}, "num_heads is 3 in the file, but 2"),
     ({"energy": "scalar"}, "energy is 'none' in the file, but 'scalar'"),
     ({"input_size": 32}, "input_size is 16 in the file, but 32"),
+    ({"qk_norm": True}, "qk_norm is False in the file, but True .*blocks/qk_norm/scale has shape absent"),
+    ({"mlp": "swiglu"}, "mlp is 'gelu' in the file, but 'swiglu'"),
   ],
 )
 def test_the_attribute_that_differs_is_named(asked, text, p4, tmp_path):

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import eqm_jax
-from eqm_jax.networks.dit import DiT
+from eqm_jax.networks.dit import BLOCK_OPTIONS, DiT, parameter_shapes
 
 MODEL = DiT(input_size=8, channels=1, patch_size=2, width=16, depth=2, num_heads=2, num_classes=3)
 
@@ -59,6 +59,23 @@ def test_names_of_classes_are_kept(params, tmp_path):
 
 def test_overrides_change_how_the_model_computes(exported):
   assert eqm_jax.load(exported, dtype="bfloat16", unroll=2).model == MODEL.clone(dtype="bfloat16", unroll=2)
+
+
+def test_an_attribute_that_the_file_lacks_has_its_default(exported):
+  config = json.loads((exported / "config.json").read_text())
+  for name in BLOCK_OPTIONS:  # later than the first releases
+    del config["model"][name]
+  (exported / "config.json").write_text(json.dumps(config))
+  assert eqm_jax.load(exported).model == MODEL
+
+
+def test_the_options_of_the_blocks_are_saved(tmp_path):
+  model = MODEL.clone(qk_norm=True, norm="rms", mlp="swiglu", rope=True)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), parameter_shapes(model))
+  eqm_jax.save_pretrained(tmp_path / "model", model, zeros)
+  assert eqm_jax.load(tmp_path / "model").model == model
+  with pytest.raises(ValueError, match="mlp is 'swiglu' in the file, but 'gelu' is asked for"):
+    eqm_jax.load(tmp_path / "model", mlp="gelu")
 
 
 def test_a_checkpoint_of_another_shape_is_refused(exported):

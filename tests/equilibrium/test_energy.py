@@ -35,11 +35,21 @@ def params_of(model: DiT, scale: float = 0.3):
   return start()
 
 
+MODERN = dict(qk_norm=True, norm="rms", mlp="swiglu", rope=True)
+
+
 @pytest.fixture(
-  scope="module", params=["dot", *(pytest.param(form, marks=pytest.mark.slow) for form in ("l2", "scalar"))]
+  scope="module",
+  params=[
+    ("dot", {}),
+    *(pytest.param((form, {}), marks=pytest.mark.slow) for form in ("l2", "scalar")),
+    *(pytest.param((form, MODERN), marks=pytest.mark.slow) for form in ("dot", "l2", "scalar")),
+  ],
+  ids=lambda param: f"{param[0]}, modern" if param[1] else param[0],
 )
 def landscape(request):
-  model = model_of(request.param)
+  form, options = request.param
+  model = model_of(form, **options)
   return model, params_of(model), jax.random.normal(jax.random.key(2), (3, 4, 4, 2))
 
 

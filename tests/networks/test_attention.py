@@ -159,8 +159,10 @@ def kernels(jaxpr) -> list[str]:
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
-def test_under_rematerialisation_there_is_one_kernel_forward_and_one_backward(remat):
-  model = DiT(8, 3, patch_size=2, width=16, depth=2, num_heads=2, num_classes=5, block="xla", attention="xla")
+@pytest.mark.parametrize("options", [{}, dict(qk_norm=True, rope=True)], ids=str)
+def test_under_rematerialisation_there_is_one_kernel_forward_and_one_backward(remat, options):
+  sizes = dict(patch_size=2, width=16, depth=2, num_heads=2, num_classes=5)
+  model = DiT(8, 3, **sizes, **options, block="xla", attention="xla")
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), x, LABELS)["params"]

@@ -13,10 +13,12 @@ from eqm_jax.networks.dit import DiT
 LABELS = jnp.asarray([0, 3])
 
 
-@functools.cache
-def network(dtype: str):
+MODERN = dict(qk_norm=True, norm="rms", mlp="swiglu", rope=True)
+
+
+def network(dtype: str, **options):
   """A model, its parameters, samples, and a direction of the output."""
-  model = DiT(8, 3, patch_size=2, width=16, depth=1, num_heads=2, num_classes=5, dtype=dtype)
+  model = DiT(8, 3, patch_size=2, width=16, depth=1, num_heads=2, num_classes=5, dtype=dtype, **options)
   wide = np.float64 if dtype == "float64" else np.float32
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 8, 8, 3)), LABELS)["params"]
@@ -52,16 +54,20 @@ def largest_difference(tree, expected) -> float:
 
 
 @pytest.mark.parametrize(
-  "training, changes",
+  "training, changes, options",
   [
-    (True, dict()),
-    pytest.param(True, dict(remat="dots"), marks=pytest.mark.slow),
-    pytest.param(False, dict(), marks=pytest.mark.slow),
+    (True, dict(), dict()),
+    (True, dict(), MODERN),
+    pytest.param(True, dict(remat="dots"), dict(), marks=pytest.mark.slow),
+    pytest.param(False, dict(), dict(), marks=pytest.mark.slow),
+    pytest.param(True, dict(remat="dots_no_batch"), MODERN, marks=pytest.mark.slow),
+    pytest.param(False, dict(), MODERN, marks=pytest.mark.slow),
+    *(pytest.param(True, dict(), {name: value}, marks=pytest.mark.slow) for name, value in MODERN.items()),
   ],
 )
-def test_numbers_and_derivatives_are_those_of_the_other_form(training, changes):
+def test_numbers_and_derivatives_are_those_of_the_other_form(training, changes, options):
   with jax.enable_x64(True):
-    model, *arguments = network("float64")
+    model, *arguments = network("float64", **options)
     compute = jax.jit(derivatives, static_argnums=(0, 4))
     expected = compute(model.clone(block="xla"), *arguments, False)
     result = compute(model.clone(block="cpu", **changes), *arguments, training)
@@ -70,9 +76,10 @@ def test_numbers_and_derivatives_are_those_of_the_other_form(training, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, MODERN])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.1)])
-def test_narrower_types_agree_to_their_precision(dtype, tolerance):
-  model, params, x, along = network(dtype)
+def test_narrower_types_agree_to_their_precision(dtype, tolerance, options):
+  model, params, x, along = network(dtype, **options)
 
   @functools.partial(jax.jit, static_argnums=0)
   def loss_and_gradient(model, params):

@@ -12,6 +12,7 @@ from eqm_jax.networks.dit import DiT
 TINY = dict(input_size=8, channels=3, patch_size=2, width=16, depth=3, num_heads=2, num_classes=5)
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 LABELS = jnp.asarray([1, 5])
+MODERN = dict(qk_norm=True, norm="rms", mlp="swiglu", rope=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,15 +77,18 @@ def test_a_new_network_returns_zero():
 
 
 @pytest.mark.parametrize(
-  "overrides",
+  "overrides, options",
   [
-    dict(remat="full"),
-    dict(remat="dots_no_batch", unroll=2),
-    *(pytest.param(overrides, marks=pytest.mark.slow) for overrides in (dict(unroll=3), dict(remat="dots"))),
+    (dict(remat="full"), {}),
+    (dict(remat="dots_no_batch", unroll=2), {}),
+    (dict(remat="full"), MODERN),
+    pytest.param(dict(unroll=3), {}, marks=pytest.mark.slow),
+    pytest.param(dict(remat="dots"), {}, marks=pytest.mark.slow),
+    pytest.param(dict(remat="dots_no_batch", unroll=2, block="xla"), MODERN, marks=pytest.mark.slow),
   ],
 )
-def test_unroll_and_remat_change_no_value_and_no_gradient(overrides):
-  model, params = initialised()
+def test_unroll_and_remat_change_no_value_and_no_gradient(overrides, options):
+  model, params = initialised(**options)
 
   def loss(model, params):
     return jnp.sum(model.apply({"params": params}, X, LABELS) ** 2)
@@ -106,6 +110,52 @@ def test_remat_keeps_less_for_the_backward_pass():
 
   none, dots, full = (saved_elements(model.clone(remat=remat)) for remat in ("none", "dots", "full"))
   assert full < dots < none
+
+
+def count(model: DiT) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(dit.parameter_shapes(model)))
+
+
+@pytest.mark.parametrize(
+  "name, hidden, difference",
+  [("S/2", 1024, 0), ("B/2", 2048, 0), ("L/2", 2688, -0.01), ("XL/2", 3072, 0)],
+)
+def test_swiglu_has_the_parameters_of_gelu(name, hidden, difference):
+  """But for the rounding of its width, and for biases."""
+  model = published(name)
+  gated = model.clone(mlp="swiglu")
+  assert gated.hidden_width == hidden
+  np.testing.assert_allclose(count(gated) / count(model) - 1, difference, atol=0.005)
+
+
+def test_small_widths_are_rounded_to_multiples_of_eight():
+  widths = {width: DiT(**{**TINY, "width": width, "mlp": "swiglu"}).hidden_width for width in (4, 16, 128, 380, 384)}
+  assert widths == {4: 8, 16: 40, 128: 344, 380: 1016, 384: 1024}
+
+
+def test_of_the_options_swiglu_and_the_scales_have_parameters():
+  model = DiT(**TINY)
+  shapes = {name: dit.parameter_shapes(model.clone(**{name: value})) for name, value in MODERN.items()}
+  plain = dit.parameter_shapes(model)
+  assert shapes["norm"] == shapes["rope"] == plain
+  assert shapes["qk_norm"]["blocks"].pop("qk_norm")["scale"].shape == (3, 2, 8)  # depth; query, key; a head's width
+  assert shapes["qk_norm"] == plain
+  assert set(shapes["mlp"]["blocks"]) == {*plain["blocks"], "mlp_gate"}
+
+
+def test_every_option_changes_the_answer():
+  model, rng = DiT(**{**TINY, **MODERN, "depth": 1}), np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape), dit.parameter_shapes(model))
+  plain = {name: getattr(DiT(**TINY), name) for name in MODERN}
+
+  @jax.jit
+  def outputs(params):
+    models = {name: model.clone(**{name: value}) for name, value in plain.items()} | {"all": model}
+    return {name: one.apply({"params": params}, X, LABELS) for name, one in models.items()}
+
+  found = outputs(params)
+  largest = {name: float(np.abs(f - found["all"]).max()) for name, f in found.items() if name != "all"}
+  assert min(largest.values()) > 0.01, largest
 
 
 def test_label_and_null_class_change_the_answer():
@@ -157,6 +207,9 @@ def test_attributes_rebuild_the_model():
     (dict(remat="some"), "'some'.*none, dots"),
     (dict(attention="flash"), "'flash'"),
     (dict(dtype="float16"), "'float16'"),
+    (dict(norm="batch"), "model.norm = 'batch' must be one of layer, rms"),
+    (dict(mlp="relu"), "model.mlp = 'relu' must be one of gelu, swiglu"),
+    (dict(width=24, num_heads=4, rope=True), "the heads' width is 6 .*: make it a multiple of 4, or set model.rope"),
   ],
 )
 def test_attributes_that_do_not_fit_are_refused(overrides, text):

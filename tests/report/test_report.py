@@ -8,6 +8,8 @@ import pytest
 from conftest import load_config
 
 from eqm_jax import modes
+from eqm_jax.networks import flops
+from eqm_jax.networks.dit import BLOCK_OPTIONS, DiT
 from eqm_jax.report import lab, page, report
 from eqm_jax.report.training_claims import GAMMAS
 
@@ -130,19 +132,6 @@ def test_other_configs_are_told_where_to_go(tmp_path):
     modes.run("report", load_config("digits"), str(tmp_path))
 
 
-@pytest.mark.slow
-def test_densities_of_gamma_are_compared_by_the_models_they_need_alone(tmp_path):
-  config = small_config()
-  other = load_config("report", "beyond")
-  with config.unlocked():
-    config.report.text.claims = {"gammas": other.report.text.claims.gammas}
-  modes.run("report", config, str(tmp_path))
-  claim = json.loads((tmp_path / "report.json").read_text())["claims"]["gammas"]
-  assert [row[:2] for row in claim["rows"]] == [list(pair) for pair in GAMMAS.values()]
-  assert {path.name.rsplit("-", 1)[0] for path in (tmp_path / "models").iterdir()} == set(GAMMAS)
-  assert (tmp_path / "figures" / "gammas.png").exists()
-
-
 def test_models_differ_in_what_they_are_compared_by_alone():
   """Same network, data, steps and seed for all: the changes touch the objective and what it needs."""
   config = load_config("report")
@@ -152,4 +141,29 @@ def test_models_differ_in_what_they_are_compared_by_alone():
     assert one.seed == 1 and one.data == config.data and one.optimizer == config.optimizer
     assert one.train.steps == config.train.steps
     same = {**one.model.to_dict(), "time_input": False, "energy": "none"}
-    assert same == config.model.to_dict()
+    options = {option: config.model[option] for option in BLOCK_OPTIONS} if name == "modern" else {}
+    assert same | options == config.model.to_dict()
+
+
+def test_the_modern_block_takes_the_compute_of_the_papers():
+  made = lab.Models(load_config("report", "beyond"), "/nowhere")
+  plain, modern = (DiT(**made.config(name, 0).model) for name in ("eqm", "modern"))
+  assert all(getattr(plain, option) != getattr(modern, option) for option in BLOCK_OPTIONS)
+  np.testing.assert_allclose(flops.training(modern), flops.training(plain), rtol=0.01)
+
+
+@pytest.mark.slow
+def test_options_beyond_the_paper_have_a_page_with_their_own_models(tmp_path):
+  config = load_config("report", "beyond,quick")
+  config.train.steps = 4
+  config.optimizer.warmup_steps = 1
+  config.report.update(num_samples=20, batch_size=20, max_nfe=4, num_held_out=10)
+  modes.run("report", config, str(tmp_path))
+  claims = json.loads((tmp_path / "report.json").read_text())["claims"]
+  assert list(claims) == list(config.report.text.claims)
+  assert {path.name for path in (tmp_path / "models").iterdir()} == {f"{name}-0" for name in {*GAMMAS, "modern"}}
+  assert [row[:2] for row in claims["gammas"]["rows"]] == [list(pair) for pair in GAMMAS.values()]
+  assert all((tmp_path / "figures" / f"{name}.png").exists() for name in claims)
+  costs = claims["modern_block"]["numbers"]["costs"]
+  assert costs["modern"]["flops"] == pytest.approx(costs["the paper's"]["flops"], rel=0.05)
+  assert "report.py:beyond,quick --workdir=runs/beyond" in (tmp_path / "index.html").read_text()

@@ -84,6 +84,7 @@ MESHES = {  # changes of the config, and the share of the parameters that a devi
     0.4,
   ),
 }
+MODERN = {"model.qk_norm": True, "model.norm": "rms", "model.mlp": "swiglu", "model.rope": True}
 
 
 def run(directory, devices: int, runs: dict[str, dict], sampled: str = ""):
@@ -101,8 +102,10 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def all_meshes(workdir):
-  run(workdir, 1, {"plain": PLAIN, "microbatches": {"train.grad_accum_steps": 4, **PLAIN}}, "one")
+  single = {"plain": PLAIN, "microbatches": {"train.grad_accum_steps": 4, **PLAIN}, "modern": MODERN}
+  run(workdir, 1, single, "one")
   sharded = {"microbatches, sharded": {"train.grad_accum_steps": 4, **PLAIN, **MESHES[TENSOR][0]}}
+  sharded["modern, sharded"] = {**MODERN, **MESHES[TENSOR][0], "sharding.gather": "step"}
   run(workdir, 8, {name: changes for name, (changes, _) in MESHES.items() if name != TENSOR} | sharded, "one")
   return workdir
 
@@ -133,6 +136,12 @@ def test_eight_devices_do_what_one_does(workdir):
 @pytest.mark.parametrize("name", [name for name in MESHES if name != TENSOR])
 def test_every_mesh_does_what_one_device_does(all_meshes, name):
   check(all_meshes, name)
+
+
+@pytest.mark.slow
+def test_a_modern_block_is_split_over_heads_and_hidden_units(all_meshes):
+  found = differences(all_meshes, "modern, sharded", "modern")
+  assert found["gradient"] < 2e-6 and found["losses"] < 2e-5 and found["params"] < 1e-3
 
 
 @pytest.mark.slow

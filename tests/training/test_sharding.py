@@ -74,6 +74,8 @@ INTENT = {
   "blocks/qkv/kernel": (None, "fsdp", None, "tensor", None),  # depth, width, 3, heads, width of a head
   "blocks/attention_out/kernel": (None, "tensor", None, "fsdp"),
   "blocks/mlp_in/kernel": (None, "fsdp", "tensor"),
+  "blocks/mlp_gate/kernel": (None, "fsdp", "tensor"),
+  "blocks/qk_norm/scale": (),  # of all heads
   "blocks/mlp_out/kernel": (None, "tensor", "fsdp"),
   "blocks/modulation/kernel": (None, None, "fsdp"),
   "final_modulation/kernel": ("fsdp", None),
@@ -83,10 +85,12 @@ INTENT = {
 }
 
 
-@pytest.mark.parametrize("size", dit.SIZES)
-def test_the_table_says_where_every_large_parameter_lies(size):
+@pytest.mark.parametrize("size, modern", [*((size, False) for size in dit.SIZES), ("L", True)])
+def test_the_table_says_where_every_large_parameter_lies(size, modern):
   """And moments and averages lie with their parameters; the rest is small enough for every device."""
   config = load_config("imagenet256", f"{size}/2")
+  if modern:
+    config.model.update(qk_norm=True, norm="rms", mlp="swiglu", rope=True)
   model, optimizer = dit.DiT(**config.model), state.make_optimizer(config.optimizer, 10)
   shapes = jax.eval_shape(lambda: state.init_state(model, optimizer, 0))
   mesh = AbstractMesh((2, 16, 2), sharding.AXES)
@@ -101,7 +105,7 @@ def test_the_table_says_where_every_large_parameter_lies(size):
       assert tuple(where.spec) == intent, name
       matched.add(name.split("/")[0])
     if any("tensor" in (axis or ()) for axis in where.spec):
-      assert {"qkv", "mlp_in", "mlp_out", "attention_out"} & set(name.split("/"))
+      assert {"qkv", "mlp_in", "mlp_gate", "mlp_out", "attention_out"} & set(name.split("/"))
   assert matched == {"params", "ema_params", "opt_state"}
 
 

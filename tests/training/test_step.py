@@ -127,6 +127,7 @@ def test_batches_that_are_not_finite_are_skipped_and_counted():
   [
     {"energy": "scalar"},
     {"patch_size": 4, "mlp_ratio": 2.0},
+    {"patch_size": 4, "qk_norm": True, "norm": "rms", "mlp": "swiglu", "rope": True},
     *(
       pytest.param(attributes, marks=pytest.mark.slow)
       for attributes in ({}, {"time_input": True}, {"learn_sigma": True})

@@ -268,7 +268,12 @@ def test_a_key_that_was_none_is_compared_and_a_new_key_is_not(uninterrupted, tmp
   workdir = tmp_path / "run"
   shutil.copytree(uninterrupted, workdir)
   edit_config(workdir, lambda saved: saved["objective"].pop("second_order"))
+  edit_config(workdir, lambda saved: saved["model"].pop("rope"))
   assert train.train(long_config(), str(workdir))
+  config = long_config()
+  config.model.rope = True  # shapes no parameter, and would go on as another network
+  with pytest.raises(ValueError, match="model.rope: False in the workdir, True in this config"):
+    train.train(config, str(workdir))
   config = long_config()
   config.optimizer.clip_norm = 1.0
   with pytest.raises(ValueError, match="optimizer.clip_norm: None in the workdir, 1.0 in this config"):
