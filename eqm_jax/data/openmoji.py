@@ -1,6 +1,6 @@
 """OpenMoji's colour drawings of emoji, from packages, rendered once and kept in the user's cache directory.
 
-The drawings are by the OpenMoji project (openmoji.org), under the licence CC BY-SA 4.0, and so are pictures made of them.
+The drawings are by the OpenMoji project, under the licence CC BY-SA 4.0, and so are pictures made of them.
 """
 
 import importlib.metadata
