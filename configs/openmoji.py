@@ -21,10 +21,10 @@ def get_config(variant: str = ""):
   config = base.get_config()
   config.data.source = "openmoji"  # not mirrored: letters, digits and flags would be wrong
   config.data.options = dict(size=32, part="train", skin_tones=False)
-  config.model.update(input_size=32, channels=3, width=192, depth=6, num_heads=6, num_classes=9, unroll=6)
-  config.optimizer.update(warmup_steps=300, clip_norm=1.0, ema_decay=0.999)
+  config.model.update(input_size=32, channels=3, width=256, depth=6, num_heads=8, num_classes=9, unroll=6)
+  config.optimizer.update(learning_rate=1e-3, warmup_steps=300, clip_norm=1.0, ema_decay=0.999)
   config.train.update(steps=7500, batch_size=32)
-  config.checkpoint.every = 250
+  config.checkpoint.every = 250  # every few minutes
   config.samplers = dict(
     adaptive=base.sampler(threshold=20.0),
     guided=base.sampler(threshold=20.0, guidance=2.0),
@@ -41,7 +41,7 @@ def get_config(variant: str = ""):
 
 def accelerator(config):
   """A larger network on patches of 2 pixels, 256 of an image."""
-  config.model.update(patch_size=2, width=384, depth=12, unroll=1, dtype="bfloat16")
+  config.model.update(patch_size=2, width=384, depth=12, num_heads=6, unroll=1, dtype="bfloat16")
   config.optimizer.update(learning_rate=3e-4, warmup_steps=1000, ema_decay=0.9995)
   config.train.update(steps=20_000, batch_size=256)
   config.checkpoint.every = 2000
