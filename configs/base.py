@@ -17,11 +17,11 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0  # of parameters, data order and training noise: a key depends on (seed, step) alone
   config.data = config_dict.create(
-    source="digits",  # "digits", "mnist", "photographs", "plane", "folder", "tfds", "npz" or "latents"
+    source="digits",  # "digits", "mnist", "photographs", "openmoji", "plane", "folder", "tfds", "npz" or "latents"
     # Arguments of the source; sizes are pixels of a side. digits: part ("all"; "train", 5 of 6 images; "test", the
-    # sixth). mnist: size (14 or 28), part. photographs: size, stride and shrink of patches. plane: kind, count, seed.
-    # folder: path (a directory for each class), size, channels, upright and background (as tasks has them, but False
-    # and None). tfds: those, name and split. npz: path, num_classes. latents: path, verify (compare checksums first).
+    # sixth). mnist: size (14 or 28), part. openmoji: size, part, skin_tones. photographs: size, stride and shrink of
+    # patches. plane: kind, count, seed. folder: path (a directory for each class), size, channels, upright, background
+    # (as tasks has them, but False, None). tfds: those, name, split. npz: path, num_classes. latents: path, verify.
     options=config_dict.create(part="all"),
     flip=False,  # mirror half of the images; of latents, take the moments of the mirrored image
     threads=2,  # that read ahead, in each process

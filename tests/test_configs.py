@@ -165,7 +165,7 @@ def test_configs_work_anywhere_and_import_nothing_of_the_package(tmp_path):
 
 
 def test_all_configs_together_are_short():
-  assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in CONFIGS.glob("*.py")) <= 800
+  assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in CONFIGS.glob("*.py")) <= 850
 
 
 def test_the_report_has_texts_for_every_claim():

@@ -4,13 +4,14 @@ import inspect
 from typing import Any
 
 from eqm_jax import checks
-from eqm_jax.data import arrays, builtin, latents, on_disk
+from eqm_jax.data import arrays, builtin, latents, on_disk, openmoji
 from eqm_jax.data.samples import Source
 
 SOURCES = {
   "digits": builtin.digits,
   "mnist": builtin.mnist,
   "photographs": builtin.photographs,
+  "openmoji": openmoji.openmoji,
   "plane": builtin.plane,
   "folder": on_disk.Folder,
   "tfds": on_disk.Tfds,

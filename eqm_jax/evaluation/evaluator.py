@@ -1,8 +1,9 @@
 """Evaluation of one model: samples, their features, metrics, files.
 
 Writes into the output directory `evaluation.json`, the same as tables in `evaluation.md`, and pictures: a grid of
-samples for each sampler, a histogram of the NFE of adaptive ones, and a few trajectories; for points of the plane the
-samples over the data, and the landscape. While it works, `chunks/` has the finished chunks of samples.
+samples for each sampler, the first of them with their nearest real images, a histogram of the NFE of adaptive ones, and
+a few trajectories; for points of the plane the samples over the data, and the landscape. While it works, `chunks/` has
+the finished chunks of samples.
 """
 
 import contextlib
@@ -48,7 +49,9 @@ COLUMNS = {
   "mind": ("MIND", 3, "mind_error"),
   "precision": ("precision", 3, "precision_error"),
   "recall": ("recall", 3, "recall_error"),
+  "nearest": ("nearest real", 3, None),
 }
+NEIGHBOUR_COLUMNS, NEIGHBOUR_ROWS = 10, 3  # samples that are shown with their nearest real images
 
 log = logging.getLogger(__name__)
 
@@ -238,10 +241,29 @@ def _write_pictures(
       names=generator.label_names,
       **{f"{key}_N": store.array(key) for key in ("nfe", "norm", "status")},
     )
+    _write_neighbours(os.path.join(directory, f"nearest_{name}.png"), store, reference)
   if row.threshold:
     title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
     histogram = plotting.nfe_histogram(store.array("nfe"), row.max_nfe, title)
     histogram.save(os.path.join(directory, f"nfe_{name}.png"))
+
+
+def _write_neighbours(path: str, store: SampleStore, reference: ReferenceData):
+  """Rows of samples, and below each its nearest real image in each kind of features that has real images."""
+  rows = {"samples": reference.preview(store)[: NEIGHBOUR_COLUMNS * NEIGHBOUR_ROWS]}
+  found = reference.neighbours(store, len(rows["samples"]))
+  if not found:
+    return
+  rows |= {f"nearest real images, {name}": images for name, images in found.items()}
+  shown, captions = [], []
+  for first in range(0, len(rows["samples"]), NEIGHBOUR_COLUMNS):
+    for name, images in rows.items():
+      part = images[first : first + NEIGHBOUR_COLUMNS]
+      shown.append(
+        np.pad(plotting.to_uint8(part), [(0, NEIGHBOUR_COLUMNS - len(part)), *[(0, 0)] * 3], constant_values=255)
+      )
+      captions += plotting.row_captions([name], NEIGHBOUR_COLUMNS)
+  plotting.grid(np.concatenate(shown), NEIGHBOUR_COLUMNS, captions=captions).save(path)
 
 
 def _points(store: SampleStore) -> np.ndarray:
@@ -355,6 +377,8 @@ def _metrics_table(name: str, described: dict[str, Any], rows: dict[str, Any]) -
   heading = f"Features: {name}{f' ({settings})' if settings else ''}; {count} real samples"
   if halves is not None:
     heading += f"; Fréchet distance between halves of them {halves:.3f}"
+  if "nearest_other" in described["real"]:
+    heading += f", median distance to the nearest other one {described['real']['nearest_other']:.3f}"
   compared = {row["metrics"][name].get("mind_samples") for row in rows.values()} - {None}
   if compared:
     heading += f"; MIND of {max(compared)} samples and as many real ones"

@@ -22,6 +22,7 @@ NEIGHBOUR_ROWS = 256  # rows whose neighbours a device finds at a time: 51 MB wi
 KINDS = ("pool", "spatial")  # of features that have Gaussian statistics
 JACKKNIFE_GROUPS = 10
 NEIGHBOURS = 3  # k of precision and recall, as in ADM
+NEAREST_ROWS = 1000  # rows whose nearest real neighbour is looked for: enough for a median
 SPLITS = 10  # of the inception score
 SUBSET_SIZE = 1000  # of the kernel distance
 DIRECTIONS = 1000  # M of MIND
@@ -329,6 +330,29 @@ def _covered(rows: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> float:
   return float(np.mean(distributed.in_batches(functools.partial(_is_covered, columns, radii), rows, NEIGHBOUR_ROWS)))
 
 
+def nearest(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Number of the nearest of `columns` [M, D] to each of `rows` [N, D], and its distance: [N] each."""
+  centre = columns.mean(axis=0, dtype=np.float64)
+  rows, columns = ((features - centre).astype(np.float32) for features in (rows, columns))
+  find = functools.partial(_nearest, distributed.replicate(columns))
+  index_N, squared_N = distributed.in_batches(find, rows, NEIGHBOUR_ROWS)
+  return index_N, np.sqrt(squared_N)
+
+
+def nearest_other(features: np.ndarray) -> float:
+  """Median distance of features [N, D], N at least 2, to their nearest other row; of NEAREST_ROWS rows at most."""
+  features = (features - features.mean(axis=0, dtype=np.float64)).astype(np.float32)
+  rows = features[np.linspace(0, len(features) - 1, min(NEAREST_ROWS, len(features))).astype(int)]
+  find = functools.partial(_kth_nearest, distributed.replicate(features), k=1)
+  return float(np.median(np.sqrt(distributed.in_batches(find, rows, NEIGHBOUR_ROWS))))
+
+
+@jax.jit
+def _nearest(columns: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+  squared = _squared_distances(rows, columns)
+  return jnp.argmin(squared, axis=1), jnp.min(squared, axis=1)
+
+
 @functools.partial(jax.jit, static_argnames="k")
 def _kth_nearest(columns: jax.Array, rows: jax.Array, k: int) -> jax.Array:
   squared = _squared_distances(rows, columns)
@@ -379,11 +403,12 @@ def compute(features: dict[str, np.ndarray], reference: ReferenceStatistics) -> 
 
   Returns:
     "frechet" (FID for Inception's features) and, where the features allow it, "spatial_frechet" (sFID),
-    "inception_score", "kernel_distance" (KID), "mind" of "mind_samples" rows of each set, "precision" and "recall".
-    `_error` is a standard error: of the Fréchet distances and MIND by the jackknife over JACKKNIFE_GROUPS groups of
-    samples, of precision and recall that of a fraction. It estimates how much another seed would change the metric, not
-    the bias, which falls with the number of samples. `_std` is the deviation over splits or over random subsets, as
-    published numbers have it. What needs more samples than there are is left out, with a line in the log.
+    "inception_score", "kernel_distance" (KID), "mind" of "mind_samples" rows of each set, "precision", "recall" and
+    "nearest", the median distance of the first NEAREST_ROWS samples to their nearest real ones. `_error` is a standard
+    error: of the Fréchet distances and MIND by the jackknife over JACKKNIFE_GROUPS groups of samples, of precision and
+    recall that of a fraction. It estimates how much another seed would change the metric, not the bias, which falls
+    with the number of samples. `_std` is the deviation over splits or over random subsets, as published numbers have
+    it. What needs more samples than there are is left out, with a line in the log.
 
   Raises:
     ValueError: if there are fewer than two samples, a feature is not finite, or all samples are the same.
@@ -405,6 +430,8 @@ def compute(features: dict[str, np.ndarray], reference: ReferenceStatistics) -> 
     for name, fraction, count in (("precision", precision, len(pool)), ("recall", recall, len(real))):
       metrics[name] = fraction
       metrics[f"{name}_error"] = math.sqrt(fraction * (1 - fraction) / count)
+  if real is not None:
+    metrics["nearest"] = float(np.median(nearest(pool[:NEAREST_ROWS], real)[1]))
   _log_too_few(len(pool), None if real is None else len(real), "logits" in features)
   return metrics
 

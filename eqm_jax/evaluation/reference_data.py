@@ -47,7 +47,7 @@ class ReferenceData:
     Raises:
       ValueError: if the data or a file does not fit.
     """
-    self._options = options
+    self._options, self._threads = options, threads
     self._in_pixels = source is not None and is_pixels(source)
     self.in_plane = source is not None and source.shape == plane.SHAPE
     self._fitted_to = None  # the data that the pixel classifier's verdicts depend on
@@ -63,7 +63,7 @@ class ReferenceData:
     self._spaces = [self._open_space(name, source, images, threads) for name in options.features]
 
   def _open_space(self, name: str, source: Source | None, images: Source | None, threads: int):
-    """Features by name, and the statistics of the real data in them."""
+    """Features by name, the statistics of the real data in them, and the real images; None without images."""
     fit_to = None
     if name == "classifier":
       chosen = spread(images, MAX_FEATURES)
@@ -71,20 +71,21 @@ class ReferenceData:
     space = features_lib.open_features(name, self._options, fit_to, self._in_pixels)
     reference = features_lib.references(self._options).get(name)
     if reference:
-      return space, load(reference, space)
+      return space, load(reference, space), None
     from_images = name in features_lib.IMAGE_FEATURES
-    return space, compute_statistics(images if from_images else source, space, from_images, threads)
+    real = images if from_images else source
+    return space, compute_statistics(real, space, from_images, threads), real if is_pixels(real) else None
 
   @property
   def origins(self) -> list[dict[str, Any]]:
     """Where the statistics of each kind of features come from."""
-    return [statistics.origin for _, statistics in self._spaces]
+    return [statistics.origin for _, statistics, _ in self._spaces]
 
   def describe(self) -> dict[str, Any]:
     """The real data and the features, for a report."""
     described = {
-      space.name: {**space.settings, "real": {**statistics.origin, **_between_halves(statistics)}}
-      for space, statistics in self._spaces
+      space.name: {**space.settings, "real": {**statistics.origin, **_between_real(statistics)}}
+      for space, statistics, _ in self._spaces
     }
     if self._classifier:
       described["classifier_accuracy"] = {
@@ -134,7 +135,7 @@ class ReferenceData:
       "batch_size": generator.batch_size,
       "multiplier": generator.multiplier,
       "autoencoder": f"{generator.autoencoder_id} {generator.decoder_dtype}",
-      "features": [space.settings for space, _ in self._spaces],
+      "features": [space.settings for space, *_ in self._spaces],
     }
 
   def metrics(self, store: SampleStore) -> dict[str, dict[str, float]]:
@@ -147,16 +148,27 @@ class ReferenceData:
     if not np.all(finite_N):
       raise ValueError(f"{np.sum(~finite_N)} of {len(finite_N)} samples are not finite: did they diverge?")
     result, saved = {}, store.names()
-    for space, statistics in self._spaces:
+    for space, statistics, _ in self._spaces:
       kinds = [name for name in saved if name.startswith(f"{space.name}.")]
       result[space.name] = metrics.compute({name.split(".")[1]: store.array(name) for name in kinds}, statistics)
     return result
 
   def preview(self, store: SampleStore) -> np.ndarray:
     """The first samples of a sample set as images."""
-    return np.concatenate(
-      [store.read("preview", number) for number in store.numbers[: -(-PREVIEW // store.chunk_size)]]
-    )
+    return _first(store, "preview", PREVIEW)
+
+  def neighbours(self, store: SampleStore, count: int) -> dict[str, np.ndarray]:
+    """The nearest real image of each of the first samples, [count, H, W, C], by kind of features.
+
+    Where the data has more than MAX_FEATURES images, so many are looked at. Kinds without real images are left out:
+    latents, points, and statistics from a file.
+    """
+    found = {}
+    for space, statistics, real in self._spaces:
+      if real is not None:
+        index_N, _ = metrics.nearest(_first(store, f"{space.name}.pool", count), statistics.features)
+        found[space.name] = arrays(real, spread(real, MAX_FEATURES)[index_N], self._threads)
+    return found
 
   def classifier_accuracy(self, store: SampleStore, labels: np.ndarray) -> float | None:
     """How often the classifier of real samples sees the requested class; None where the config does not ask for it."""
@@ -175,11 +187,11 @@ class ReferenceData:
       "finite": np.all(np.isfinite(result.x), axis=(1, 2, 3)),
     }
     preview = max(0, min(PREVIEW - number * options.chunk_size, len(result.x)))
-    every_image = options.save_npz or any(space.name in features_lib.IMAGE_FEATURES for space, _ in self._spaces)
+    every_image = options.save_npz or any(space.name in features_lib.IMAGE_FEATURES for space, *_ in self._spaces)
     shown = result.x if every_image else result.x[:preview]
     pixels = generator.pixels(shown) if len(shown) else shown
     images = plotting.to_uint8(np.nan_to_num(pixels)) if every_image else pixels  # `finite` reports what was not
-    for space, _ in self._spaces:
+    for space, *_ in self._spaces:
       extracted = space.extract(images if space.name in features_lib.IMAGE_FEATURES else result.x)
       arrays |= {f"{space.name}.{kind}": array for kind, array in extracted.items()}
     if self._classifier:
@@ -190,6 +202,11 @@ class ReferenceData:
     if options.save_npz:
       arrays["image"] = images
     return arrays
+
+
+def _first(store: SampleStore, name: str, count: int) -> np.ndarray:
+  """The first `count` rows of an array of a sample set, or all."""
+  return np.concatenate([store.read(name, number) for number in store.numbers[: -(-count // store.chunk_size)]])[:count]
 
 
 def is_pixels(source: Source) -> bool:
@@ -411,15 +428,23 @@ def _naming_key(name: str):
     raise ValueError(f"evaluation.{name}.reference: {error}") from error
 
 
-def _between_halves(statistics: ReferenceStatistics) -> dict[str, float]:
-  """Mean Fréchet distance between random halves of the real data: the scale on which distances are read."""
+def _between_real(statistics: ReferenceStatistics) -> dict[str, float]:
+  """Distances within the real data, the scale on which those of samples are read.
+
+  Returns:
+    "frechet_between_halves", the mean Fréchet distance between random halves, where all features are kept, and
+    "nearest_other", the median distance of real samples to the nearest other one.
+  """
   features = statistics.features
-  if features is None or statistics.origin.get("samples") != len(features) or len(features) < 4:
+  if features is None or len(features) < 2:
     return {}
+  nearest = {"nearest_other": metrics.nearest_other(features)}
+  if statistics.origin.get("samples") != len(features) or len(features) < 4:
+    return nearest
   rng = np.random.default_rng(0)
   repeats = 10 if features.shape[1] <= 512 else 1  # with more features each takes seconds
   distances = []
   for _ in range(repeats):
     halves = np.array_split(features[rng.permutation(len(features))], 2)  # of copies, a half may be all the same
     distances.append(metrics.frechet_of_gaussians(*(GaussianStatistics.of(half).gaussian for half in halves)))
-  return {"frechet_between_halves": float(np.mean(distances))}
+  return {"frechet_between_halves": float(np.mean(distances)), **nearest}

@@ -149,6 +149,7 @@ def _evaluation(workdir: str, report: dict[str, Any]) -> Iterator[str]:
   if links:
     yield f"<p>Samples with their labels, NFE and norms: {', '.join(links)}.</p>"
   pictures = {f"samples_{name}": name for name in names[:MAX_PICTURES]}
+  pictures[f"nearest_{names[0]}"] = f"{names[0]}, and the nearest real images"
   pictures |= {"descent": "descents: from noise to samples", "norms": "‖f‖ of these descents", "plane": "landscape"}
   yield '<div class="side-by-side">'
   for file, caption in pictures.items():

@@ -45,7 +45,11 @@ def test_photographs_are_cut_into_patches():
 @pytest.mark.parametrize(
   "name, options, message",
   [
-    ("imagenet", {}, "'imagenet' must be one of digits, mnist, photographs, plane, folder, tfds, npz, latents"),
+    (
+      "imagenet",
+      {},
+      "'imagenet' must be one of digits, mnist, photographs, openmoji, plane, folder, tfds, npz, latents",
+    ),
     ("digits", {"part": "half"}, "data.options.part = 'half' must be one of all, train, test"),
     ("mnist", {"size": 7}, "data.options.size = 7 must be one of 14, 28"),
     ("photographs", {"size": 300, "shrink": 2}, r"data.options.size = 300 must be in \[1, 213\]: photographs are"),

@@ -73,9 +73,15 @@ def test_real_samples_are_at_no_distance_from_themselves(tiny_config, generator,
     assert metrics["frechet"] < 0.05 and metrics["frechet_error"] < 0.05
     assert abs(metrics["kernel_distance"]) < 0.01  # of noise it is above 0.1
     assert metrics["precision"] > 0.95 and metrics["recall"] > 0.95
+    assert metrics["nearest"] == 0
     assert row["classifier_accuracy"] > 0.98
     assert row["seconds"] == 6.0  # of six chunks
   assert 0.2 < report["features"]["raw"]["real"]["frechet_between_halves"] < 0.4
+  assert 1 < report["features"]["raw"]["real"]["nearest_other"] < 3
+  with Image.open(tmp_path / "nearest_gd.png") as picture:  # samples, and below them the same images
+    rows = np.asarray(picture)[8:, :, 0]
+  height = 9 * 8 + plotting.CAPTION_HEIGHT  # of a row
+  np.testing.assert_array_equal(rows[:64], rows[height : height + 64])
   assert 0.95 < report["features"]["classifier_accuracy"]["held_out_accuracy"] <= 1
 
 
@@ -95,8 +101,9 @@ def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, gene
     assert row["nfe"]["mean"] == 1 and row["status"]["budget"] == 100
   table = re.sub(" +", " ", (tmp_path / "evaluation.md").read_text())
   assert "Features: raw; 1797 real samples" in table and "Features: classifier (sha256" in table
-  columns = "sampler | Fréchet | spatial Fréchet | inception score | kernel distance | MIND | precision | recall"
-  assert f"| {columns} |" in table
+  columns = "Fréchet | spatial Fréchet | inception score | kernel distance | MIND | precision | recall | nearest real"
+  assert f"| sampler | {columns} |" in table
+  assert len(re.findall("median distance to the nearest other one [0-9.]+", table)) == 2
 
 
 def test_the_report_tells_all_that_a_number_depends_on(tiny_config, generator, tmp_path):
@@ -183,11 +190,13 @@ def test_another_machine_makes_another_sample_set_and_comparable_metrics(tiny_co
 
 def test_decoded_samples_are_shown_as_images_in_chunks_of_any_size(tiny_config, generator, tmp_path, monkeypatch):
   monkeypatch.setattr(reference_data, "PREVIEW", 10)
-  decoding = dataclasses.replace(generator, decoder=Decoder((16, 16, 3)))
+  decoding, latents = dataclasses.replace(generator, decoder=Decoder((16, 16, 3))), builtin.digits()
+  latents.autoencoder_id = Decoder.autoencoder_id
   tiny_config.evaluation.update(chunk_size=4, samplers=("gd",), plot_sampler=None)
-  run(tiny_config, decoding, tmp_path)
+  run(tiny_config, decoding, tmp_path, latents)
   with Image.open(tmp_path / "samples_gd.png") as picture:
     assert np.unique(np.asarray(picture)).tolist() == [7, 255]
+  assert not (tmp_path / "nearest_gd.png").exists(), "latents are no images"
 
 
 def test_a_damaged_chunk_is_named(tiny_config, generator, tmp_path):

@@ -159,6 +159,21 @@ def test_precision_and_recall_are_shares_of_balls():
   assert expected[0] > expected[1]  # a narrow cloud inside a wide one
 
 
+def test_the_nearest_rows_are_found_far_from_the_origin_too(monkeypatch):
+  monkeypatch.setattr(metrics, "NEIGHBOUR_ROWS", 7)
+  rng = np.random.default_rng(5)
+  rows, columns = rng.normal(size=(20, 5)) + 100, rng.normal(size=(60, 5)) + 100
+  rows[3] = columns[41]
+  found = sklearn.neighbors.NearestNeighbors(n_neighbors=2).fit(columns)
+  distance, index = found.kneighbors(rows)
+  index_N, distance_N = metrics.nearest(rows, columns)
+  np.testing.assert_array_equal(index_N, index[:, 0])
+  np.testing.assert_allclose(distance_N, distance[:, 0], rtol=1e-4)
+  assert index_N[3] == 41 and distance_N[3] == 0
+  np.testing.assert_allclose(metrics.nearest_other(columns), np.median(found.kneighbors(columns)[0][:, 1]), rtol=1e-4)
+  assert metrics.nearest_other(columns[[0, 0]]) == 0
+
+
 def test_precision_and_recall_do_not_depend_on_the_blocks(monkeypatch):
   whole = precision_recall(A, B)
   monkeypatch.setattr(metrics, "NEIGHBOUR_ROWS", 7)

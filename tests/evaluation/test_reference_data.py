@@ -175,7 +175,7 @@ def test_a_half_of_copies_is_a_half_too(space):
   """Nine copies and two others: a half may be all the same, which ended the evaluation."""
   images = np.concatenate([several(1, 9).images, several(3).images[1:]])
   known = reference_data.compute_statistics(Images(images, np.zeros(11, int), 1), space, True, threads=1)
-  assert reference_data._between_halves(known)["frechet_between_halves"] > 0
+  assert reference_data._between_real(known)["frechet_between_halves"] > 0
 
 
 @pytest.mark.parametrize(

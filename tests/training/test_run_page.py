@@ -32,7 +32,8 @@ def workdir(tiny_config, tmp_path):
   report = {"samples": 40, "weights": weights, "rows": {"gd": ROW}}
   report["features"] = {"raw": {"name": "raw", "real": {"samples": 1797, "frechet_between_halves": 0.287}}}
   write_json(str(workdir / "evaluation" / "evaluation.json"), report)
-  picture(size=(90, 40)).save(workdir / "evaluation" / "samples_gd.png")
+  for name in ("samples", "nearest"):
+    picture(size=(90, 40)).save(workdir / "evaluation" / f"{name}_gd.png")
   (workdir / "evaluation" / "samples_gd.html").write_text("x")
   return workdir
 
@@ -62,7 +63,7 @@ def test_the_page_has_curves_samples_evaluation_environment_and_config(workdir):
   assert 'href="evaluation/samples_gd.html"' in text
   steps = [step for step in range(20, 201, 20) if step != 40]
   assert [f"step {step:,}, raw/frechet" in text for step in steps] == [True] * 9
-  assert text.count("data:image/png") == 9 + 1, "one of each step, and one of the sampler"
+  assert text.count("data:image/png") == 9 + 2, "one of each step, and two of the sampler"
   for part in (f"<td>{jax.__version__}</td>", "1 × cpu in 1 process", "data 1, fsdp 1, tensor 1"):
     assert part in text
   assert "&quot;num_classes&quot;: 10" in text
