@@ -3,8 +3,7 @@
 Command:   python -m eqm_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 Hardware:  one accelerator; not run by us. 36 GFLOP per image and step: 400,000 steps of 256 take an estimated 10 hours
            at half of the peak of one v5e chip (197 TFLOP/s, bfloat16).
-Expected:  the paper's FID is 3.36, without classes and with a U-Net; this is a transformer with classes, which nobody
-           has measured.
+Expected:  the paper's FID is 3.36, without classes and with a U-Net; for a transformer with classes there is no figure.
 Data:      a TFDS build of cifar10 under data/tfds (docs/data.md): 50,000 training images, with which samples are
            compared in Inception's features (docs/evaluation.md says where to get its weights).
 """

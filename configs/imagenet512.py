@@ -2,9 +2,8 @@
 
 Command:   python -m eqm_jax.main --config=configs/imagenet512.py --workdir=runs/xl2_512
            Variants: those of configs/imagenet256.py.
-Hardware:  a TPU slice or GPUs; not run by us. 1,024 tokens an image, four times those of 256×256: XL/2 takes
-           3.1 TFLOP per image and step, and 3.0 million steps of 256 an estimated 106 hours at half of the peak of 64
-           v5e chips.
+Hardware:  a TPU slice or GPUs; not run by us. 1,024 tokens an image, four times those of 256×256: 3.1 TFLOP per image
+           and step of XL/2, 3.0 million steps of 256 in an estimated 106 hours at half of the peak of 64 v5e chips.
 Expected:  the paper has no figures for this size.
 Data:      as for configs/imagenet256.py (docs/data.md); the cache takes 172 GB.
 """

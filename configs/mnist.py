@@ -3,10 +3,9 @@
 Command:   python -m eqm_jax.main --config=configs/mnist.py --workdir=runs/mnist
 Hardware:  two CPU cores, 4 GiB: 20 minutes of training and 6 of evaluation if nothing else runs on them; 40 in all
            were measured while other jobs did. Variant ":28" is for accelerators and was not run by us.
-Expected:  classifier accuracy 0.943 (adaptive), 0.942 (GD) and 0.940 (NAG) without guidance, where held-out real
-           digits have 0.959; Fréchet distance in pixel space 0.97 to 1.01, where two halves of the real digits have
-           0.45, and in a classifier's features 0.27 and 0.19; adaptive descent takes 106 NFE on average. The loss ends
-           near 3.2, 0.23 of E[c²].
+Expected:  classifier accuracy 0.943 (adaptive), 0.942 (GD) and 0.940 (NAG) without guidance, of held-out real digits
+           0.959; Fréchet distance in pixel space 0.97 to 1.01, of two halves of the real digits 0.45, and in a
+           classifier's features 0.27 and 0.19; mean NFE of adaptive descent 106; loss at the end 3.2, 0.23 of E[c²].
 """
 
 import pathlib

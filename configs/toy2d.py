@@ -5,13 +5,11 @@ Command:   python -m eqm_jax.main --config=configs/toy2d.py --workdir=runs/moons
            it an explicit energy; "-imagenet" trains as on ImageNet; "-smoke" is short, for tests.
 Hardware:  two CPU cores, 2 GiB: about two minutes
 Expected:  evaluation/plane.png, the field, its energy and descents, with the optimal field below, and
-           evaluation/samples_adaptive.png. Samples are about as near to the data as new data is, and all of the data
-           is reached.
+           evaluation/samples_adaptive.png. Samples are about as near to the data as new data is, and reach all of it.
 
 In few dimensions a point does not reveal its γ, so the field near the data is an average over many γ, and with
 ImageNet's c(γ) (a = 0.8) it does not vanish on the data: descents drift along the moons and gather in a few places.
-Here a is smaller, and a fraction of the points is trained at γ = 1 exactly, where the target is zero: then the data
-itself is at rest.
+Here a is smaller, and a fraction of the points is trained at γ = 1 exactly, with target zero: the data is at rest.
 """
 
 import functools

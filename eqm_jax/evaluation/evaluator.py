@@ -239,7 +239,7 @@ def _write_pictures(
       **{f"{key}_N": store.array(key) for key in ("nfe", "norm", "status")},
     )
   if row.threshold:
-    title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
+    title = f"{name}: each sample stops at {generator_lib.stop_condition(row)}"
     histogram = plotting.nfe_histogram(store.array("nfe"), row.max_nfe, title)
     histogram.save(os.path.join(directory, f"nfe_{name}.png"))
 

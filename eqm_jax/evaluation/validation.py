@@ -49,6 +49,26 @@ def check_options(config: ml_collections.ConfigDict, generator: Generator):
     one_of("evaluation.samplers", name, config.samplers)
     generator.check(name, config.samplers[name])
   check_plot_sampler("evaluation.plot_sampler", options.plot_sampler, config.samplers)
+  if in_plane and options.plot_sampler and generator_lib.stops_by_gamma(config.samplers[options.plot_sampler]):
+    raise ValueError(
+      f"evaluation.plot_sampler = {options.plot_sampler!r} stops by a read-out, which the optimal field beside it does "
+      "not have: choose a sampler with stop = 'norm', or None"
+    )
+
+
+def check_before_training(config: ml_collections.ConfigDict):
+  """Refuses evaluated samplers that stop by a read-out, which no weights that are still to be trained can have.
+
+  Raises:
+    ValueError: naming the sampler.
+  """
+  during = config.evaluation.during_training
+  for name in evaluated_samplers(config) + [during.sampler] * (during.every is not None):
+    if name in config.samplers and generator_lib.stops_by_gamma(config.samplers[name]):
+      raise ValueError(
+        f"samplers.{name}.stop = 'gamma' needs a read-out of weights that are still to be trained: name the others in "
+        "evaluation.samplers, and evaluate this one afterwards, by --mode=readout and --mode=evaluate"
+      )
 
 
 def check_data(config: ml_collections.ConfigDict, generator: Generator, source: Source | None, images: Source | None):
