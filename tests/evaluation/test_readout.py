@@ -29,7 +29,7 @@ def study(generator) -> readout.Study:
 
 
 def test_predictions_are_those_of_the_readout_on_noised_images(generator, study):
-  """γ̂ is the network's on the right image at the right γ: with noise of unit variance, and half of the classes dropped."""
+  """γ̂ is that of the right image at the right γ, and of its class or, half of the time, of none."""
   assert len(study.gamma) == len(study.predicted["network"]) == 100 and 0.3 < study.has_class.mean() < 0.7
   assert study.gamma.min() < 0.05 and study.gamma.max() > 0.95
   near = int(np.argmax(study.gamma))  # nearly the image itself
@@ -38,8 +38,7 @@ def test_predictions_are_those_of_the_readout_on_noised_images(generator, study)
   assert abs(study.readout.of_features(features)[0] - study.predicted["network"][near]) < 0.1
 
 
-def test_a_network_that_sees_the_level_is_read_better_than_pixels_alone(study):
-  """Pixels of these images are ±1: where noise is, the squares tell, which the tokens and the pixels have both."""
+def test_the_report_has_the_errors_of_all_samples_of_bins_and_of_classes(study):
   report = study.report()
   assert list(report) == ["network", "untrained network", "pixel statistics"]
   assert report["network"]["rmse"] < 0.25 < 0.289  # of the answer γ = .5
@@ -49,11 +48,9 @@ def test_a_network_that_sees_the_level_is_read_better_than_pixels_alone(study):
   assert sum(part["samples"] for part in found["bins"]) == 100
   high = (study.gamma >= 0.9) & (study.gamma < 1)
   np.testing.assert_allclose(found["bins"][-1]["bias"], error[high].mean(), rtol=1e-5)
-  parts = [
-    study.has_class.mean() * found["rmse_with_class"] ** 2,
-    (~study.has_class).mean() * found["rmse_without_class"] ** 2,
-  ]
-  np.testing.assert_allclose(sum(parts), found["rmse"] ** 2, rtol=1e-5)
+  share = study.has_class.mean()
+  both = share * found["rmse_with_class"] ** 2 + (1 - share) * found["rmse_without_class"] ** 2
+  np.testing.assert_allclose(both, found["rmse"] ** 2, rtol=1e-5)
 
 
 def test_the_study_depends_on_the_key_and_not_on_the_batch_size(generator, study):
@@ -68,7 +65,7 @@ def test_the_study_depends_on_the_key_and_not_on_the_batch_size(generator, study
 @pytest.mark.parametrize(
   "change, text", [({"energy": "dot"}, "gradient of an energy"), ({"time_input": True}, "takes γ")]
 )
-def test_models_without_a_readout_are_refused(generator, change, text):
+def test_models_that_have_no_readout_are_refused(generator, change, text):
   other = dataclasses.replace(generator, model=MODEL.clone(**change))
   with pytest.raises(ValueError, match=text):
     readout.study(other, (IMAGES, LABELS), (IMAGES, LABELS), 600, 1e-3)

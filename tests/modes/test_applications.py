@@ -150,16 +150,13 @@ def test_readout_and_samples_that_stop_by_it(run, config, tmp_path):
   predictions = np.load(run[0] / "readout" / "predictions.npz")
   error = predictions["network"] - predictions["gamma"]
   assert len(error) == 100 and report["network"]["rmse"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-5)
-  assert report["network"]["rmse"] < 0.2 < report["pixel statistics"]["rmse"] + 0.1
+  assert report["network"]["rmse"] < report["pixel statistics"]["rmse"]
   path = str(run[0] / "readout" / "readout.npz")
   config.samplers.adaptive.update(stop="gamma", threshold=0.6, readout=path)
   config.sample.update(num_samples=4, batch_size=2)
   modes.run("sample", config, str(tmp_path), str(run[0]))
-  arrays, pretrained, row = (
-    np.load(tmp_path / "samples" / "samples.npz"),
-    eqm_jax.load(run[0]),
-    config.samplers.adaptive,
-  )
+  arrays = np.load(tmp_path / "samples" / "samples.npz")
+  pretrained, row = eqm_jax.load(run[0]), config.samplers.adaptive
   readout = eqm_jax.load_readout(path, pretrained.model, pretrained.params)
   noise = eqm_jax.start_noise(stream_key(config.sample.seed, "samples"), np.arange(4), (8, 8, 1))
   expected = eqm_jax.descend(
@@ -171,9 +168,7 @@ def test_readout_and_samples_that_stop_by_it(run, config, tmp_path):
   for mode in ("compose", "inpaint"):
     with pytest.raises(ValueError, match=f"adaptive.stop = 'gamma' must be one of norm: --mode={mode} takes no other"):
       modes.run(mode, config, str(tmp_path), str(run[0]))
-  with pytest.raises(
-    ValueError, match="adaptive.stop = 'gamma' needs a read-out of weights that are still to be trained"
-  ):
+  with pytest.raises(ValueError, match="adaptive.stop = 'gamma' needs a read-out of weights that are still"):
     modes.run("train", config, str(tmp_path / "new"))
 
 
