@@ -31,6 +31,7 @@ MULTIPLIERS = {FIRST: 4.0, "digits, λ = 8": 8.0, "MNIST, λ = 4": 4.0}
 NORMS = tuple(2 ** (k / 2) for k in range(1, 9))  # 1.41 to 16: twice each but the last two is one of them
 GAMMAS = (0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98)
 STEP_SIZE, STEP_MULTIPLIER = 0.003, 4.0  # η, at this λ; η·λ is the same for all
+MAX_NFE, SMOKE_NFE = 249, 10
 SMOKE = {
   "train.steps": 20,
   "optimizer.warmup_steps": 5,
@@ -56,16 +57,7 @@ def measure(title: str, workdir: pathlib.Path, smoke: bool) -> dict[str, Any]:
     eqm_jax.run("train", config, directory)
     config.evaluation.num_samples = count
   measured = eqm_jax.run("readout", config, directory, weights).metrics["readout"]
-  base = runpy.run_path(str(HERE.parent / "configs" / "base.py"))
-  step_size = STEP_SIZE * STEP_MULTIPLIER / MULTIPLIERS[title]
-  path = str(directory / "readout" / "readout.npz")
-  with config.unlocked():
-    config.samplers = {"fixed": base["sampler"](step_size=step_size)}
-    for threshold in NORMS[::3] if smoke else NORMS:
-      config.samplers[_row("norm", threshold)] = base["sampler"](step_size=step_size, threshold=threshold)
-    for threshold in GAMMAS[::3] if smoke else GAMMAS:
-      row = base["sampler"](step_size=step_size, threshold=threshold, stop="gamma", readout=path)
-      config.samplers[_row("gamma", threshold)] = row
+  config.samplers = _samplers(MULTIPLIERS[title], str(directory / "readout" / "readout.npz"), smoke)
   config.evaluation.update(features=("classifier",), classifier_accuracy=False, plot_sampler=None)
   rows = eqm_jax.run("evaluate", config, directory, weights).metrics["evaluation"]["rows"]
   found = {"readout": measured, "samplers": {name: _figures(row) for name, row in rows.items()}}
@@ -73,8 +65,19 @@ def measure(title: str, workdir: pathlib.Path, smoke: bool) -> dict[str, Any]:
   return found
 
 
+def _samplers(multiplier: float, readout: str, smoke: bool) -> dict[str, Any]:
+  """A descent without a threshold, and one for each threshold of ‖f‖ and of γ̂."""
+  sampler = runpy.run_path(str(HERE.parent / "configs" / "base.py"))["sampler"]
+  options = {"step_size": STEP_SIZE * STEP_MULTIPLIER / multiplier, "max_nfe": SMOKE_NFE if smoke else MAX_NFE}
+  norms, gammas = (NORMS[::3], GAMMAS[::3]) if smoke else (NORMS, GAMMAS)
+  rows = {"fixed": sampler(**options)}
+  rows |= {_row("norm", value): sampler(**options, threshold=value) for value in norms}
+  by_gamma = {"stop": "gamma", "readout": readout}
+  return rows | {_row("gamma", value): sampler(**options, **by_gamma, threshold=value) for value in gammas}
+
+
 def _row(stop: str, threshold: float) -> str:
-  return f"{stop}_{threshold:.3f}"
+  return f"{stop}_{round(1000 * threshold):05d}"
 
 
 def _figures(row: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +148,8 @@ def draw(found: dict[str, Any], path: pathlib.Path):
     panel.axhline(1, color="black", linewidth=0.8, linestyle="--")
     panel.set(yscale="log", ylabel="Fréchet distance, fixed descent = 1")
   by_norm.set(xlabel="threshold of ‖f‖", xscale="log")
+  by_norm.set_xticks(NORMS, [f"{norm:.3g}" for norm in NORMS])
+  by_norm.minorticks_off()
   by_gamma.set(xlabel="threshold of γ̂")
   by_norm.legend()
   plotting.rendered(figure).save(path)

@@ -46,7 +46,7 @@ def test_results_are_those_of_descend_whatever_the_slots(slots, rule):
     np.testing.assert_array_equal(result.status, expected.status)
 
 
-@pytest.mark.parametrize("slots", [1, 9])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_slots_stop_by_gamma_as_descend_does(slots):
   def with_level(x, label_S):
     return bowls(x, label_S), 1 - jnp.linalg.norm(x, axis=-1) / 4

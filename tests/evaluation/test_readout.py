@@ -12,7 +12,7 @@ from eqm_jax.sampling.generator import Generator
 
 RNG = np.random.default_rng(0)
 MODEL = DiT(input_size=4, channels=2, patch_size=2, width=8, depth=1, num_heads=2, num_classes=3)
-IMAGES, LABELS = RNG.choice([-1.0, 1.0], (40, 4, 4, 2)).astype(np.float32), np.arange(40, dtype=np.int32) % 3
+IMAGES, LABELS = RNG.choice([-0.2, 0.2], (40, 4, 4, 2)).astype(np.float32), np.arange(40, dtype=np.int32) % 3
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_predictions_are_those_of_the_readout_on_noised_images(generator, study)
 def test_the_report_has_the_errors_of_all_samples_of_bins_and_of_classes(study):
   report = study.report()
   assert list(report) == ["network", "untrained network", "pixel statistics"]
-  assert report["network"]["rmse"] < 0.25 < 0.289  # of the answer γ = .5
+  assert report["network"]["rmse"] < 0.2 < 0.289  # of the answer γ = .5
   error = study.predicted["network"] - study.gamma
   found = report["network"]
   np.testing.assert_allclose([found["rmse"], found["bias"]], [np.sqrt(np.mean(error**2)), error.mean()], rtol=1e-5)
@@ -53,13 +53,11 @@ def test_the_report_has_the_errors_of_all_samples_of_bins_and_of_classes(study):
   np.testing.assert_allclose(both, found["rmse"] ** 2, rtol=1e-5)
 
 
-def test_the_study_depends_on_the_key_and_not_on_the_batch_size(generator, study):
+def test_the_study_does_not_depend_on_the_batch_size(generator, study):
   data = (IMAGES[:30], LABELS[:30]), (IMAGES[30:], LABELS[30:])
   again = readout.study(dataclasses.replace(generator, batch_size=50), *data, 600, 1e-3)
   np.testing.assert_array_equal(again.gamma, study.gamma)
   np.testing.assert_allclose(again.predicted["network"], study.predicted["network"], atol=1e-3)
-  other = readout.study(dataclasses.replace(generator, key=jax.random.key(5)), *data, 600, 1e-3)
-  assert not np.array_equal(other.gamma, study.gamma)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_compose_labels_and_models(run, config, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["none"], indirect=True)
-def test_readout_and_samples_that_stop_by_it(run, config, tmp_path):
+def test_readout(run, config, tmp_path):
   config.tasks.readout.num_samples = 600
   modes.run("readout", config, str(run[0]))
   report = written(run[0], "readout")
@@ -151,7 +151,20 @@ def test_readout_and_samples_that_stop_by_it(run, config, tmp_path):
   error = predictions["network"] - predictions["gamma"]
   assert len(error) == 100 and report["network"]["rmse"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-5)
   assert report["network"]["rmse"] < report["pixel statistics"]["rmse"]
-  path = str(run[0] / "readout" / "readout.npz")
+  config.samplers.adaptive.update(stop="gamma", threshold=0.6, readout=str(run[0] / "readout" / "readout.npz"))
+  for mode in ("compose", "inpaint"):
+    with pytest.raises(ValueError, match=f"adaptive.stop = 'gamma' must be one of norm: --mode={mode} takes no other"):
+      modes.run(mode, config, str(tmp_path), str(run[0]))
+  with pytest.raises(ValueError, match="adaptive.stop = 'gamma' needs a read-out of weights that are still"):
+    modes.run("train", config, str(tmp_path / "new"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["none"], indirect=True)
+def test_samples_that_stop_by_a_readout(run, config, tmp_path):
+  config.tasks.readout.num_samples = 600
+  modes.run("readout", config, str(tmp_path), str(run[0]))
+  path = str(tmp_path / "readout" / "readout.npz")
   config.samplers.adaptive.update(stop="gamma", threshold=0.6, readout=path)
   config.sample.update(num_samples=4, batch_size=2)
   modes.run("sample", config, str(tmp_path), str(run[0]))
@@ -165,11 +178,10 @@ def test_readout_and_samples_that_stop_by_it(run, config, tmp_path):
   )  # fmt: skip
   np.testing.assert_allclose(arrays["x"], expected.x, atol=1e-4)
   np.testing.assert_allclose(arrays["gamma"], expected.gamma, atol=1e-4)
-  for mode in ("compose", "inpaint"):
-    with pytest.raises(ValueError, match=f"adaptive.stop = 'gamma' must be one of norm: --mode={mode} takes no other"):
-      modes.run(mode, config, str(tmp_path), str(run[0]))
-  with pytest.raises(ValueError, match="adaptive.stop = 'gamma' needs a read-out of weights that are still"):
-    modes.run("train", config, str(tmp_path / "new"))
+  config.evaluation.samplers = ("adaptive",)
+  modes.run("evaluate", config, str(tmp_path), str(run[0]))
+  row = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["rows"]["adaptive"]
+  assert (row["stop"], row["readout"]) == ("gamma", path) and (tmp_path / "evaluation" / "nfe_adaptive.png").exists()
 
 
 def test_a_readout_needs_an_implicit_model_and_images(tmp_path):
