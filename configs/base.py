@@ -109,8 +109,7 @@ def get_config() -> ml_collections.ConfigDict:
     weights="ema",  # "ema" or "model"
     labels="balanced",  # "balanced": every class in turn; "random"; "none"; or some in turn: "3", "1,5,7-9"
     samplers=placeholder(tuple),  # names of the rows that are evaluated; None: all
-    # What distances are computed in: "raw", the numbers of a sample; "classifier", features of a small network fitted
-    # to the real images; "inception", as the published FID; "dinov2", as FD-DINOv2.
+    # Of distances: "raw" numbers; a small "classifier" fitted to real images; "inception", as FID; "dinov2", FD-DINOv2.
     features=("raw", "classifier"),
     classifier=config_dict.create(steps=300),  # of its training
     inception=config_dict.create(
