@@ -113,8 +113,7 @@ def get_config() -> ml_collections.ConfigDict:
     weights="ema",  # "ema" or "model"
     labels="balanced",  # "balanced": every class in turn; "random"; "none"; or some in turn: "3", "1,5,7-9"
     samplers=placeholder(tuple),  # names of the rows that are evaluated; None: all
-    # What distances are computed in: "raw", the numbers of a sample; "classifier", features of a small network fitted
-    # to the real images; "inception", as the published FID; "dinov2", as FD-DINOv2.
+    # Of distances: "raw" numbers; a small "classifier" fitted to real images; "inception", as FID; "dinov2", FD-DINOv2.
     features=("raw", "classifier"),
     classifier=config_dict.create(steps=300),  # of its training
     inception=config_dict.create(
@@ -149,7 +148,7 @@ def get_config() -> ml_collections.ConfigDict:
     save_images=False,  # also one PNG a sample
     save_npz=True,  # also the arrays
   )
-  config.tasks = config_dict.create(  # --mode=denoise, ood, compose and inpaint
+  config.tasks = config_dict.create(  # --mode=denoise, ood, compose, inpaint and readout
     images=placeholder(str),  # a folder of images, an image, an .npz or .npy; None: data.source
     upright=True,  # turn image files as their EXIF orientation says; False: as they are stored
     background=placeholder(str),  # behind what is transparent in them: "white", "black", or None: drop transparency
@@ -173,6 +172,10 @@ def get_config() -> ml_collections.ConfigDict:
       gamma=0.0,  # at the start; 0: nothing under the mask is kept
       settle=50,  # NFE with fresh noise outside the mask before the descent
       tries=4,  # trajectories per image; the one that ends with the smallest ‖f‖ is kept
+    ),
+    readout=config_dict.create(  # a linear read-out of γ from the tokens of the frozen network
+      num_samples=12_000,  # noised images; one in six is held out of the fit
+      ridge=1e-4,  # penalty of the squared weights, of features of unit variance
     ),
   )
   config.benchmark = config_dict.create(  # --mode=benchmark
@@ -208,6 +211,8 @@ def sampler(**overrides: Any) -> ml_collections.ConfigDict:
     min_nfe=0,  # network calls before a sample may stop
     threshold=placeholder(float),  # a sample stops at ‖f‖ ≤ threshold; None: at max_nfe
     relative_threshold=False,  # compare ‖f‖ / λ instead
+    stop="norm",  # or "gamma": a sample stops where the noise level γ that a read-out sees is ≥ threshold
+    readout=placeholder(str),  # of stop="gamma": the readout.npz that --mode=readout has fitted to these weights
     max_restarts=0,  # times that a diverged sample starts again
     tolerance=placeholder(float),  # relative and absolute, of a solver with step size control; None: equal steps
     guidance=1.0,  # scale of classifier-free guidance; 1: no guidance

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` do
   from eqm_jax.checkpoints.eqm_torch import export_reference as export_reference
   from eqm_jax.checkpoints.pretrained import load as load
   from eqm_jax.checkpoints.pretrained import save_pretrained as save_pretrained
+  from eqm_jax.checkpoints.readouts import load_readout as load_readout
   from eqm_jax.equilibrium.energy import asymmetry as asymmetry
   from eqm_jax.equilibrium.energy import energy as energy
   from eqm_jax.equilibrium.field import compose as compose
@@ -37,6 +38,7 @@ _HOMES = {
   "run": "notebook",
   "load": "checkpoints.pretrained",
   "save_pretrained": "checkpoints.pretrained",
+  "load_readout": "checkpoints.readouts",
   "export_reference": "checkpoints.eqm_torch",
   "descend": "equilibrium.sampler",
   "Result": "equilibrium.sampler",
@@ -60,6 +62,7 @@ __all__ = [  # spelled out for type checkers
   "run",
   "load",
   "save_pretrained",
+  "load_readout",
   "export_reference",
   "descend",
   "Result",

@@ -126,6 +126,26 @@ def norm_curves(norms_KxB: np.ndarray, nfe_B: np.ndarray, threshold: float | Non
   return rendered(drawn)
 
 
+def level_errors(gamma_N: np.ndarray, predicted: Mapping[str, np.ndarray], bins: int) -> Image.Image:
+  """Estimates γ̂ [N] of known noise levels: median and the range from 10 % to 90 % in bins of γ, and RMSE."""
+  drawn, (left, right) = figure(9, 3.6, columns=2)
+  edges = np.linspace(0, 1, bins + 1)
+  bin_N = np.digitize(gamma_N, edges[1:-1])
+  filled = np.unique(bin_N)
+  centres = (filled + 0.5) / bins
+  left.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
+  for name, values_N in predicted.items():
+    groups = [(values_N[bin_N == k], gamma_N[bin_N == k]) for k in filled]
+    low, median, high = np.transpose([np.percentile(values, (10, 50, 90)) for values, _ in groups])
+    (line,) = left.plot(centres, median, label=name)
+    left.fill_between(centres, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    right.plot(centres, [np.sqrt(np.mean((values - gammas) ** 2)) for values, gammas in groups], marker="o", label=name)
+  left.set(xlabel="γ (0: noise, 1: data)", ylabel="γ̂")
+  right.set(xlabel="γ", ylabel="RMSE of γ̂", ylim=(0, None))
+  left.legend()
+  return rendered(drawn)
+
+
 def to_uint8(images: np.ndarray) -> np.ndarray:
   """Images in [−1, 1] as uint8, clipped; uint8 images are returned as they are."""
   if images.dtype == np.uint8:

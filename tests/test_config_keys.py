@@ -299,7 +299,7 @@ def dead_keys(config: ml_collections.ConfigDict) -> Iterator[list[str]]:
   dead += [name for name, key in keys.items() if key not in reads]
 
 
-TASKS = ("denoise", "ood", "compose", "inpaint")
+TASKS = ("denoise", "ood", "compose", "inpaint", "readout")
 
 
 @pytest.mark.parametrize(

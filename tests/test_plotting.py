@@ -57,6 +57,12 @@ def test_norm_curves_end_where_their_samples_stop():
   assert short.size == (720, 360) and not np.array_equal(np.asarray(short), np.asarray(long))
 
 
+def test_errors_over_levels_are_drawn_where_there_are_samples():
+  gamma = np.asarray([0.05, 0.07, 0.95, 0.93])
+  exact, wrong = (plotting.level_errors(gamma, {"network": gamma + error}, bins=10) for error in (0.0, 0.2))
+  assert exact.size == (1080, 432) and not np.array_equal(np.asarray(exact), np.asarray(wrong))
+
+
 # A notebook's terminal names a backend that this environment lacks; pyplot, imported later, is not ours to mend.
 DRAWS = """
 import os, sys

@@ -38,6 +38,12 @@ def samplers(field: Field, labels: jax.Array, key: jax.Array) -> jax.Array:
   noise: jax.Array = eqm_jax.start_noise(key, jnp.arange(10), (8, 8, 1))
   bound: BoundField = field.bind(labels)
   descended: eqm_jax.Result = eqm_jax.descend(bound, noise, step_size=0.003, max_nfe=249, threshold=4.0, progress=print)
+  model, params = eqm_jax.load("digits").model, eqm_jax.load("digits").params
+  readout = eqm_jax.load_readout("runs/digits/readout/readout.npz", model, params)
+  by_level = eqm_jax.field(model, params, labels, readout=readout)
+  levelled: eqm_jax.Result = eqm_jax.descend(by_level, noise, step_size="auto", max_nfe=9, threshold=0.9, stop="gamma")
+  level: jax.Array | None = levelled.gamma
+  print(level)
   stream = eqm_jax.descend_stream(field, labels, key, shape=(8, 8, 1), slots=4, step_size=0.003, max_nfe=249)
   solved: eqm_jax.Result = eqm_jax.integrate(field, noise, labels, solver="heun", steps=50)
   own: eqm_jax.Result = eqm_jax.descend(lambda x: x, noise, step_size="auto", max_nfe=10, rule="nag", momentum=0.3)

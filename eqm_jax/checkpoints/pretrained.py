@@ -14,6 +14,7 @@ from eqm_jax import checks
 from eqm_jax.checkpoints import eqm_torch, manager, sd_vae, state_dicts
 from eqm_jax.equilibrium.energy import Energy, energy
 from eqm_jax.equilibrium.field import BoundField, Field, field
+from eqm_jax.equilibrium.noise_level import NoiseReadout
 from eqm_jax.equilibrium.pytrees import ShortRepr
 from eqm_jax.io import read_json, write_json
 from eqm_jax.networks import autoencoder, dit
@@ -49,6 +50,7 @@ class Pretrained(ShortRepr):
     form: str | None = None,
     guidance_channels: int | Sequence[int] | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    readout: NoiseReadout | None = None,
   ) -> Field | BoundField:
     """The field of this model: `eqm_jax.field` with its parameters."""
     return field(
@@ -59,6 +61,7 @@ class Pretrained(ShortRepr):
       guidance=guidance,
       guidance_channels=guidance_channels,
       guidance_interval=guidance_interval,
+      readout=readout,
     )
 
   def energy(self, labels: jax.Array, form: str | None = None) -> Energy:

@@ -14,8 +14,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from eqm_jax.equilibrium import energy, meshes
+from eqm_jax.equilibrium import energy, meshes, noise_level
 from eqm_jax.equilibrium.objective import per_sample
 from eqm_jax.equilibrium.pytrees import FieldFn, Model, Params, Scalar, ShortRepr, as_pytree, check_labels, is_traced
 
@@ -43,13 +44,16 @@ class Field(ShortRepr):
   model: Any = flax.struct.field(pytree_node=False)
   guidance_channels: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
   form: str | None = flax.struct.field(pytree_node=False, default=None)  # of an energy; None: the network is the field
+  readout: noise_level.NoiseReadout | None = None  # with one, the field returns (f, γ̂)
 
-  def __call__(self, x: jax.Array, labels: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
-    """f(x | labels); labels [B], or [B, K] for K conditions at once.
+  def __call__(self, x: jax.Array, labels: jax.Array, gamma: jax.Array | None = None) -> Any:
+    """f(x | labels), or (f, γ̂ [B]) with a read-out; labels [B], or [B, K] for K conditions at once.
 
     `gamma` [B] is for a flow-matching network, which takes the time.
     """
-    return meshes.call(Field._evaluate, (self, x, labels, gamma), like=x, out_specs=meshes.spec_of(x))
+    axes = meshes.spec_of(x)
+    specs = axes if self.readout is None else (axes, PartitionSpec(*axes[:1]))
+    return meshes.call(Field._evaluate, (self, x, labels, gamma), like=x, out_specs=specs)
 
   def _evaluate(self, x, labels, gamma):
     more = () if gamma is None else (gamma,)
@@ -61,12 +65,17 @@ class Field(ShortRepr):
     all_labels = [*labels_BxK.T, jnp.full(len(labels), self.model.num_classes, labels.dtype)]
     repeated = [jnp.concatenate([part] * (K + 1)) for part in (x, *more)]
     f = self._unguided(repeated[0], jnp.concatenate(all_labels), *repeated[1:])
+    f, level = f if self.readout is not None else (f, None)
     *f_conditional, f_null = jnp.split(f, K + 1)
     scale = self.guidance if K > 1 or not self.guidance.ndim else self.guidance[:, None]
     scale_BxK = jnp.broadcast_to(scale, labels_BxK.shape)
-    return _guide(f_conditional, f_null, scale_BxK, self.guidance_channels, self.guidance_interval)
+    f = _guide(f_conditional, f_null, scale_BxK, self.guidance_channels, self.guidance_interval)
+    return f if level is None else (f, sum(jnp.split(level, K + 1)[:K]) / K)
 
   def _unguided(self, x_BxHxWxC, labels_B, *gamma_B):
+    if self.readout is not None:
+      f, tokens = self.model.apply({"params": self.params}, x_BxHxWxC, labels_B, return_tokens=True)
+      return f, self.readout(tokens)
     if self.form is None:
       return self.model.apply({"params": self.params}, x_BxHxWxC, labels_B, *gamma_B)
     return energy.gradient(self.model, self.form, self.params, x_BxHxWxC, labels_B)
@@ -93,7 +102,7 @@ class BoundField(ShortRepr):
   field: Callable
   labels: Any
 
-  def __call__(self, x: jax.Array, gamma: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, gamma: jax.Array | None = None) -> Any:
     return self.field(x, self.labels) if gamma is None else self.field(x, self.labels, gamma)
 
 
@@ -114,6 +123,7 @@ def field(
   guidance: Scalar = 1.0,
   guidance_channels: int | Sequence[int] | None = None,
   guidance_interval: tuple[float, float] | None = None,
+  readout: noise_level.NoiseReadout | None = None,
 ) -> Field | BoundField:
   """The field of a model: x → f(x | labels), or without labels (x, labels) → f(x | labels).
 
@@ -144,19 +154,24 @@ def field(
     guidance_interval: (low, high): guide only while low ≤ ‖f_conditional‖₂ ≤ high, the
       time-free counterpart of limiting guidance to an interval of noise levels
       (Kynkäänniemi et al. 2024). ‖f‖ is large far from the data and falls near it.
+    readout: of `eqm_jax.load_readout`: the field returns (f, γ̂), γ̂ [B] the noise level that the network's tokens
+      show, from the same pass; for `descend(..., stop="gamma")`. With guidance it is that of the conditional part, the
+      mean over K conditions. The network must take `return_tokens=True`.
 
   Returns:
     A `BoundField` if `labels` are given, else a `Field`.
 
   Raises:
-    ValueError: if a label or channel does not exist, the interval is empty, the scale has another shape, or the
-      model has no such energy.
+    ValueError: if a label or channel does not exist, the interval is empty, the scale has another shape, the
+      model has no such energy, or the read-out is not of such a model.
   """
   channels = _check_channels(guidance_channels, model.input_shape[-1])
   is_plain = not isinstance(guidance, jax.Array | np.ndarray) and guidance == 1.0
   if guidance_interval is not None and not is_traced(guidance_interval):
     if not 0 <= guidance_interval[0] < guidance_interval[1]:
       raise ValueError(f"guidance_interval = {guidance_interval} must be (low, high) with 0 ≤ low < high")
+  if readout is not None:
+    noise_level.check_model(model, form, readout)
   unbound = Field(
     params=params,
     guidance=None if is_plain else jnp.asarray(guidance, jnp.float32),
@@ -164,6 +179,7 @@ def field(
     model=model,
     guidance_channels=channels,
     form=energy.check_form(model, form) if form or energy.is_energy(model) else None,
+    readout=readout,
   )
   return unbound if labels is None else unbound.bind(labels)
 
@@ -224,7 +240,7 @@ def guided(
   if isinstance(channels, int):
     channels = range(channels)
   channels = None if channels is None else tuple(channels)
-  return GuidedField(as_pytree(field), as_pytree(null_field), jnp.asarray(guidance, jnp.float32), channels)
+  return GuidedField(f_alone(field), f_alone(null_field), jnp.asarray(guidance, jnp.float32), channels)
 
 
 @flax.struct.dataclass(eq=False, repr=False)
@@ -262,7 +278,19 @@ def compose(fields: Sequence[FieldFn], weights: Sequence[Scalar]) -> ComposedFie
       raise ValueError(f"compose: weight {k} has shape {weight.shape}: give one number, or one per sample [B]")
     if not is_traced(weight) and not np.all(np.isfinite(np.asarray(weight))):
       raise ValueError(f"compose: weight {k} = {weight} is not finite: give finite numbers")
-  return ComposedField(tuple(map(as_pytree, fields)), weights)
+  return ComposedField(tuple(map(f_alone, fields)), weights)
+
+
+def f_alone(field: Callable) -> Callable:
+  """A field as a pytree, for what takes f and no γ̂ beside it.
+
+  Raises:
+    ValueError: for a field that was made with a read-out.
+  """
+  unbound = field.field if isinstance(field, BoundField) else field
+  if isinstance(unbound, Field) and unbound.readout is not None:
+    raise ValueError("the field returns (f, γ̂), and f alone is needed: make it without `readout`")
+  return as_pytree(field)
 
 
 def _guide(

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 
 from eqm_jax import checks
 from eqm_jax.equilibrium import meshes
-from eqm_jax.equilibrium.field import BoundField, with_labels
+from eqm_jax.equilibrium.field import BoundField, f_alone, with_labels
 from eqm_jax.equilibrium.pytrees import Scalar, ShortRepr, as_pytree, concrete, is_traced
 from eqm_jax.equilibrium.sampler import WALK, Result, Status, check_start, sample_keys
 
@@ -113,6 +113,7 @@ def integrate(
 
 def _split_labels(field: Callable, labels: Any) -> tuple[Callable, Any]:
   """A pytree (x, labels[, γ]) → f, and labels; () for a field without any."""
+  f_alone(field)  # for its check
   if labels is not None:
     with_labels(field, labels)  # for its checks
     return as_pytree(field), labels

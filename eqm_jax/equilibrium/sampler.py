@@ -2,7 +2,8 @@
 
 How a sample moves is its update rule (`update_rules.py`); here is when it stops. Adaptive compute
 (EqM paper, algorithm 2): each sample goes on while ‖f‖₂ exceeds its threshold and is
-then frozen, so its result does not depend on its neighbours.
+then frozen, so its result does not depend on its neighbours. Or it goes on while the noise
+level γ̂ that the field reads off its network (`noise_level.py`) is below the threshold.
 """
 
 import enum
@@ -28,10 +29,13 @@ class Status(enum.IntEnum):
   """How a sample ended."""
 
   RUNNING = -1
-  CONVERGED = 0  # ‖f‖ came down to the threshold; of `integrate`, the sample arrived
+  CONVERGED = 0  # ‖f‖ came down to the threshold, or γ̂ rose to it; of `integrate`, the sample arrived
   BUDGET = 1  # max_nfe were spent first; of `integrate`, too many steps
   DIVERGED = 2  # f or the next x was not finite; x is the last finite one
 
+
+# What a threshold is compared with.
+STOPS = ("norm", "gamma")
 
 # λ·η·NFE of step_size="auto", for the released c(γ): the ideal trajectory is at γ = 0.8 after 0.4 of them.
 AUTO_LENGTH = 2.0
@@ -53,6 +57,7 @@ class Result(ShortRepr):
   restarts: jax.Array  # int32 [B]: how often a diverged sample began again
   record: Any = None  # of `record_fn` at `record_at`, each leaf [R, B, ...]
   executed_nfe: jax.Array | None = None  # int32, of `descend_stream`: samples that the field saw, idle slots included
+  gamma: jax.Array | None = None  # float32 [B], with stop="gamma": γ̂ at the sample's last evaluation
 
 
 @flax.struct.dataclass
@@ -67,11 +72,12 @@ class DescentState:
   norm: jax.Array
   status: jax.Array
   restarts: jax.Array
+  gamma: jax.Array | None = None  # γ̂, with stop="gamma"
 
 
 @flax.struct.dataclass
 class Policy:
-  """Options that all samples of a descent share. The update rule is compiled in; the numbers are arguments."""
+  """Options that all samples of a descent share. The update rule and `stop` are compiled in; numbers are arguments."""
 
   settings: update_rules.Settings
   key: jax.Array
@@ -80,6 +86,7 @@ class Policy:
   max_restarts: jax.Array
   multiplier: jax.Array
   rule: update_rules.UpdateRule = flax.struct.field(pytree_node=False)
+  stop: str = flax.struct.field(pytree_node=False)
 
 
 def descend(
@@ -92,6 +99,7 @@ def descend(
   momentum: Scalar = 0.0,
   rule: str | update_rules.UpdateRule | optax.GradientTransformation = "gd",
   threshold: Scalar = 0.0,
+  stop: str = "norm",
   min_nfe: int = 0,
   multiplier: Scalar = 1.0,
   temperature: Scalar = 0.0,
@@ -118,6 +126,7 @@ def descend(
 
   Args:
     field: x [B, ...] → f [B, ...], uphill; with `labels`, (x, labels) → f. The shape of x0 is the only one it sees.
+      With stop="gamma" it returns (f, γ̂ [B]), as `eqm_jax.field(..., readout=...)` does.
     x0: where to start, [B, ...]; usually noise of unit variance.
     labels: int [B], or what the field takes; None for a field that has its labels bound.
     step_size: η > 0. The product λ·η·NFE should be about 1.2 to 3, and
@@ -135,6 +144,8 @@ def descend(
     threshold: g_min, one number or one per sample [B]. A sample stops, without a
       further step, at the first evaluation with ‖f‖₂/multiplier ≤ threshold. 0 never
       stops one. The paper uses 10 on 32×32×4 latents.
+    stop: "norm", or "gamma": the threshold is in (0, 1), and a sample stops where γ̂ ≥ threshold. Such a threshold
+      is in units of γ, whatever the dimension and λ.
     min_nfe: no sample stops at its threshold before this many.
     multiplier: λ of the field. With it the threshold and "auto" mean the same for
       fields trained with another λ; 1 compares ‖f‖ itself.
@@ -155,11 +166,11 @@ def descend(
   """
   x0 = check_start(x0)
   B = x0.shape[0]
-  threshold_B = check_threshold(threshold, B)
+  threshold_B = check_threshold(threshold, B, stop)
   policy = make_policy(
     jax.ShapeDtypeStruct(x0.shape[1:], x0.dtype), rule=rule, step_size=step_size, momentum=momentum,
     temperature=temperature, key=key, max_nfe=max_nfe, min_nfe=min_nfe, max_restarts=max_restarts,
-    multiplier=multiplier,
+    multiplier=multiplier, stop=stop,
   )  # fmt: skip
   record_at = _check_record_at(record_at, max_nfe)
   index_B = jnp.arange(B) if index is None else jnp.asarray(index)
@@ -168,6 +179,7 @@ def descend(
   axes = meshes.spec_of(x0)
   batch = PartitionSpec(*axes[:1])
   specs = Result(axes, batch, batch, batch, batch, PartitionSpec(None, *axes[:1]) if record_at else None)
+  specs = specs.replace(gamma=batch if stop == "gamma" else None)
   return reports.reporting(
     progress, max_nfe, lambda reporter: meshes.call(run, (*arguments, reporter), like=x0, out_specs=specs)
   )
@@ -181,7 +193,7 @@ def auto_length(schedule: Schedule) -> float:
 
 @functools.partial(jax.jit, static_argnames="record_fn")
 def _descend(field, samples, policy, record_at, reporter, *, record_fn) -> Result:
-  state = start(*samples, policy.rule)
+  state = start(*samples, policy)
   R = len(record_at)
 
   def recorded(record, state, steps):
@@ -211,21 +223,22 @@ def _descend(field, samples, policy, record_at, reporter, *, record_fn) -> Resul
     final = record_fn(state.x, state.norm)
     late_R = record_at > steps
     record = jax.tree.map(lambda rows, value: jnp.where(per_sample(late_R, rows), value, rows), record, final)
-  return Result(state.x, state.nfe, state.norm, state.status, state.restarts, record)
+  return Result(state.x, state.nfe, state.norm, state.status, state.restarts, record, gamma=state.gamma)
 
 
-def start(x0: jax.Array, index: jax.Array, threshold: jax.Array, rule: update_rules.UpdateRule) -> DescentState:
+def start(x0: jax.Array, index: jax.Array, threshold: jax.Array, policy: Policy) -> DescentState:
   """The loop state of samples that have not moved yet."""
   zeros_B = jnp.zeros(x0.shape[0], jnp.int32)
   state = DescentState(
     x=x0,
-    rule_state=jax.vmap(rule.init)(x0),
+    rule_state=jax.vmap(policy.rule.init)(x0),
     index=index.astype(jnp.int32),
     threshold=threshold,
     nfe=zeros_B,
     norm=jnp.full(x0.shape[0], jnp.inf, jnp.float32),
     status=zeros_B + Status.RUNNING,
     restarts=zeros_B,
+    gamma=jnp.zeros(x0.shape[0], jnp.float32) if policy.stop == "gamma" else None,
   )
   return meshes.vary_as(x0, state)
 
@@ -240,8 +253,9 @@ def lookahead(state: DescentState, policy: Policy) -> jax.Array:
   return jax.vmap(policy.rule.lookahead, in_axes=(0, 0, None))(state.x, state.rule_state, policy.settings)
 
 
-def advance(state: DescentState, f: jax.Array, policy: Policy) -> DescentState:
-  """One step of the running samples, given f at their lookahead."""
+def advance(state: DescentState, evaluated: Any, policy: Policy) -> DescentState:
+  """One step of the running samples, given what the field returned at their lookahead: f, or (f, γ̂)."""
+  f, gamma_B = _split(evaluated, policy)
   if f.shape != state.x.shape:
     raise ValueError(f"the field returned shape {f.shape} for samples of shape {state.x.shape}: it must be the same")
   f = f.astype(state.x.dtype)
@@ -257,7 +271,7 @@ def advance(state: DescentState, f: jax.Array, policy: Policy) -> DescentState:
     state.x, f, state.rule_state, step_size_B, policy.settings, keys_B
   )
   finite_B = jnp.isfinite(norm_B) & jnp.all(jnp.isfinite(x_next), axis=range(1, f.ndim))
-  status_B = stop(nfe_B, norm_B, state.threshold, policy)
+  status_B = stop(nfe_B, is_reached(norm_B, gamma_B, state.threshold, policy), policy)
   # A sample that stops takes no step, so it does not matter where the step would have led.
   status_B = jnp.where(finite_B | (status_B == Status.CONVERGED), status_B, Status.DIVERGED)
 
@@ -269,16 +283,39 @@ def advance(state: DescentState, f: jax.Array, policy: Policy) -> DescentState:
     nfe=nfe_B,
     norm=jnp.where(running_B, norm_B, state.norm),
     status=jnp.where(running_B, status_B, state.status),
+    gamma=None if gamma_B is None else jnp.where(running_B, gamma_B, state.gamma),
   )
   return _restart(state, running_B & (status_B == Status.DIVERGED), policy)
 
 
-def stop(nfe: jax.Array, norm: jax.Array, threshold: jax.Array, policy: Policy) -> jax.Array:
-  """The stop rule: the status of samples after an evaluation, [B]."""
-  small_B = (threshold > 0) & (norm / policy.multiplier <= threshold)
-  small_B &= nfe >= policy.min_nfe
+def is_reached(norm: jax.Array, gamma: jax.Array | None, threshold: jax.Array, policy: Policy) -> jax.Array:
+  """The stop rule: which samples are at their thresholds, [B]."""
+  if policy.stop == "gamma":
+    return gamma >= threshold
+  return (threshold > 0) & (norm / policy.multiplier <= threshold)
+
+
+def stop(nfe: jax.Array, reached: jax.Array, policy: Policy) -> jax.Array:
+  """The status of samples after an evaluation, [B]."""
+  reached_B = reached & (nfe >= policy.min_nfe)
   spent_B = nfe >= policy.max_nfe
-  return jnp.where(small_B, Status.CONVERGED, jnp.where(spent_B, Status.BUDGET, Status.RUNNING))
+  return jnp.where(reached_B, Status.CONVERGED, jnp.where(spent_B, Status.BUDGET, Status.RUNNING))
+
+
+def _split(evaluated: Any, policy: Policy) -> tuple[jax.Array, jax.Array | None]:
+  """(f, γ̂), or (f, None) where samples stop by ‖f‖, of what a field returned."""
+  is_pair = isinstance(evaluated, tuple) and len(evaluated) == 2
+  if policy.stop == "gamma" and not is_pair:
+    raise ValueError(
+      "stop = 'gamma' needs a field that returns (f, γ̂), but this one returned f alone: make it with "
+      "eqm_jax.field(..., readout=...), or stop by 'norm'"
+    )
+  if policy.stop == "norm" and is_pair:
+    raise ValueError("the field returned (f, γ̂), but stop = 'norm' takes f alone: pass stop='gamma'")
+  f, gamma_B = evaluated if is_pair else (evaluated, None)
+  if is_pair and gamma_B.shape != f.shape[:1]:
+    raise ValueError(f"the field returned γ̂ of shape {gamma_B.shape} for {len(f)} samples: it must be one number each")
+  return f, gamma_B if gamma_B is None else gamma_B.astype(jnp.float32)
 
 
 def start_noise(key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -304,6 +341,7 @@ def make_policy(
   min_nfe: int,
   max_restarts: int,
   multiplier: Scalar,
+  stop: str,
 ) -> Policy:
   """Checks and packs the options of a descent; `example` is the shape of one sample."""
   _check_numbers(*map(concrete, (max_nfe, min_nfe, multiplier, max_restarts)))
@@ -323,6 +361,7 @@ def make_policy(
     max_restarts=jnp.asarray(max_restarts, jnp.int32),
     multiplier=jnp.asarray(multiplier, jnp.float32),
     rule=resolved,
+    stop=stop,
   )
 
 
@@ -347,10 +386,16 @@ def check_start(x0: jax.Array) -> jax.Array:
   return x0.astype(jnp.promote_types(x0.dtype, jnp.float32))
 
 
-def check_threshold(threshold: Scalar, count: int) -> jax.Array:
+def check_threshold(threshold: Scalar, count: int, stop: str = "norm") -> jax.Array:
   """The threshold of each of `count` samples."""
-  is_negative = not is_traced(threshold) and not np.all(np.asarray(threshold) >= 0)
-  if np.shape(threshold) not in ((), (count,)) or is_negative:
+  checks.one_of("stop", stop, STOPS)
+  values = np.asarray([] if is_traced(threshold) else threshold)
+  if stop == "gamma" and not np.all((values > 0) & (values < 1)):
+    raise ValueError(
+      f"threshold = {threshold} must be in (0, 1): with stop = 'gamma' a sample stops where γ̂ reaches it; give one "
+      "such as 0.95"
+    )
+  if np.shape(threshold) not in ((), (count,)) or not np.all(values >= 0):
     raise ValueError(f"threshold = {threshold} must be one number ≥ 0, or one for each of the {count} samples")
   return jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (count,))
 

@@ -59,6 +59,7 @@ def descend_stream(
   momentum: Scalar = 0.0,
   rule: str | update_rules.UpdateRule | optax.GradientTransformation = "gd",
   threshold: Scalar = 0.0,
+  stop: str = "norm",
   min_nfe: int = 0,
   multiplier: Scalar = 1.0,
   temperature: Scalar = 0.0,
@@ -75,7 +76,8 @@ def descend_stream(
   another order). It can be transformed as `descend` can: not differentiated in reverse.
 
   Args:
-    field: (x [S, *shape], labels [S]) → f [S, *shape], such as `eqm_jax.field(model, params)`.
+    field: (x [S, *shape], labels [S]) → f [S, *shape], such as `eqm_jax.field(model, params)`; with stop="gamma" →
+      (f, γ̂ [S]).
     labels: int [N], or any tree of arrays with leading axis N that `field` takes.
     key: fixes all random numbers.
     shape: of one sample, (H, W, C).
@@ -111,7 +113,7 @@ def descend_stream(
   policy = sampler.make_policy(
     jax.ShapeDtypeStruct(tuple(shape), dtype), rule=rule, step_size=step_size, momentum=momentum,
     temperature=temperature, key=key, max_nfe=max_nfe, min_nfe=min_nfe, max_restarts=max_restarts,
-    multiplier=multiplier,
+    multiplier=multiplier, stop=stop,
   )  # fmt: skip
   samples = (labels, index, threshold)
   options = dict(slots=slots // num_devices, shape=tuple(shape))
@@ -129,7 +131,8 @@ def _draw(field, samples, policy, reporter, *, mesh, **options) -> sampler.Resul
   """The results of all devices, without what only fills up their queues."""
   labels, index, threshold = samples
   N = _count(labels)
-  queue = _queue(labels, index, sampler.check_threshold(threshold, N), mesh.size if mesh else 1)
+  threshold_N = sampler.check_threshold(threshold, N, policy.stop)
+  queue = _queue(labels, index, threshold_N, mesh.size if mesh else 1)
   result = _stream(field, queue, policy, reporter, mesh=mesh, **options)
   executed_nfe = result.executed_nfe.sum()
   if len(queue.index) > N:
@@ -181,7 +184,7 @@ def _run_queue(
     safe_S = jnp.minimum(place_S, n - 1)
     index_S = queue.index[safe_S]
     x0 = sampler.start_noise(policy.key, index_S, shape, dtype)
-    samples = sampler.start(x0, index_S, queue.threshold[safe_S], policy.rule)
+    samples = sampler.start(x0, index_S, queue.threshold[safe_S], policy)
     # An idle slot is one that does not run.
     status_S = jnp.where(place_S < count, samples.status, sampler.Status.CONVERGED)
     return samples.replace(status=status_S), jax.tree.map(lambda leaf: leaf[safe_S], queue.labels)
@@ -222,7 +225,7 @@ def _run_queue(
 
 
 def _results(samples: sampler.DescentState) -> sampler.Result:
-  return sampler.Result(samples.x, samples.nfe, samples.norm, samples.status, samples.restarts)
+  return sampler.Result(samples.x, samples.nfe, samples.norm, samples.status, samples.restarts, gamma=samples.gamma)
 
 
 def _more_than(number: int, count: jax.Array, state: StreamState) -> jax.Array:

@@ -15,8 +15,9 @@ import numpy as np
 
 from eqm_jax import checks
 from eqm_jax.equilibrium import sampler
+from eqm_jax.equilibrium.field import f_alone
 from eqm_jax.equilibrium.objective import Schedule, corrupt, magnitude, per_sample
-from eqm_jax.equilibrium.pytrees import FieldFn, Scalar, ShortRepr, as_pytree, is_traced
+from eqm_jax.equilibrium.pytrees import FieldFn, Scalar, ShortRepr, is_traced
 
 # Folded into a key where no sample index reaches: for another try, and for fresh noise.
 RETRY, SETTLE = 2**32 - 3, 2**32 - 4
@@ -139,7 +140,7 @@ def inpaint(
   unknown = check_mask(mask, image.shape).astype(image.dtype)
   images = (image, unknown, check_gamma(gamma, len(image)))
   index_B = jnp.arange(len(image)) if index is None else index
-  field, best = as_pytree(field), None
+  field, best = f_alone(field), None
   for number in range(tries):
     try_key = jax.random.fold_in(jax.random.fold_in(key, jnp.uint32(RETRY)), number) if number else key
     start, noise = _settle(field, images, try_key, index_B, schedule=schedule, settle=settle)

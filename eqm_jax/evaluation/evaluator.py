@@ -243,7 +243,7 @@ def _write_pictures(
     )
     _write_neighbours(os.path.join(directory, f"nearest_{name}.png"), store, reference)
   if row.threshold:
-    title = f"{name}: each sample stops at ‖f‖ ≤ {row.threshold:g}"
+    title = f"{name}: each sample stops at {generator_lib.stop_condition(row)}"
     histogram = plotting.nfe_histogram(store.array("nfe"), row.max_nfe, title)
     histogram.save(os.path.join(directory, f"nfe_{name}.png"))
 

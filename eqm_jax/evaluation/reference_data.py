@@ -128,12 +128,14 @@ class ReferenceData:
 
   def settings(self, row: Row, generator: Generator) -> dict[str, Any]:
     """Everything that samples and their features depend on, except the weights and the number of samples."""
+    readout = generator.readout(row)
     return {
       "row": row.to_dict(),
       "seed": self._options.seed,
       "labels": self._options.labels,
       "batch_size": generator.batch_size,
       "multiplier": generator.multiplier,
+      "readout": readout and fingerprint(readout),
       "autoencoder": f"{generator.autoencoder_id} {generator.decoder_dtype}",
       "features": [space.settings for space, *_ in self._spaces],
     }

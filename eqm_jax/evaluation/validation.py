@@ -48,7 +48,22 @@ def check_options(config: ml_collections.ConfigDict, generator: Generator):
   for name in samplers:
     one_of("evaluation.samplers", name, config.samplers)
     generator.check(name, config.samplers[name])
-  check_plot_sampler("evaluation.plot_sampler", options.plot_sampler, config.samplers)
+  _check_plot_sampler(config, generator)
+
+
+def check_before_training(config: ml_collections.ConfigDict):
+  """Refuses evaluated samplers that stop by a read-out, which no weights that are still to be trained can have.
+
+  Raises:
+    ValueError: naming the sampler.
+  """
+  during = config.evaluation.during_training
+  for name in evaluated_samplers(config) + [during.sampler] * (during.every is not None):
+    if name in config.samplers and generator_lib.stops_by_gamma(config.samplers[name]):
+      raise ValueError(
+        f"samplers.{name}.stop = 'gamma' needs a read-out of weights that are still to be trained: name the others in "
+        "evaluation.samplers, and evaluate this one afterwards, by --mode=readout and --mode=evaluate"
+      )
 
 
 def check_data(config: ml_collections.ConfigDict, generator: Generator, source: Source | None, images: Source | None):
@@ -106,13 +121,21 @@ def needs(config: ml_collections.ConfigDict) -> tuple[bool, bool]:
   )
 
 
-def check_plot_sampler(key: str, name: str | None, samplers: ml_collections.ConfigDict):
+def _check_plot_sampler(config: ml_collections.ConfigDict, generator: Generator):
   """Refuses a sampler whose trajectories cannot be plotted; None plots nothing."""
+  key, name = "evaluation.plot_sampler", config.evaluation.plot_sampler
   if name is None:
     return
-  one_of(key, name, samplers, "or None, to plot nothing")
-  if not generator_lib.is_descent(samplers[name]):
+  one_of(key, name, config.samplers, "or None, to plot nothing")
+  row = config.samplers[name]
+  if not generator_lib.is_descent(row):
     raise ValueError(f"{key} = {name!r} must descend, but integrates: choose another sampler, or None")
+  if _in_plane(generator.model.input_shape) and generator_lib.stops_by_gamma(row):
+    raise ValueError(
+      f"{key} = {name!r} stops by a read-out, which the optimal field beside it does not have: choose a sampler with "
+      "stop = 'norm', or None"
+    )
+  generator.check(name, row)
 
 
 def _check_labels(options: ml_collections.ConfigDict, num_classes: int):

@@ -29,6 +29,7 @@ NAMES = (
   "ood",
   "compose",
   "inpaint",
+  "readout",
   "report",
   "benchmark",
   "plan",

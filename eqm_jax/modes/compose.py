@@ -33,7 +33,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None 
   """
   task = open_task("compose", config, workdir, checkpoint)
   terms = open_terms(task)
-  row, count = task.row(), config.tasks.num_images
+  row, count = task.row(stops=("norm",)), config.tasks.num_images
   first = terms[0].generator
   rest = Term(first, first.model.num_classes, 1 - sum(term.weight for term in terms))
   classifier = _classifier(task) if config.evaluation.classifier_accuracy else None

@@ -31,7 +31,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None 
   """
   task = open_task("inpaint", config, workdir, checkpoint)
   image_N, label_N = task.inputs()
-  row = task.row()
+  row = task.row(stops=("norm",))
   mask = read_mask(config.tasks.inpaint.mask, task.generator.model.input_shape)
   result = _descend(task, row, image_N, label_N, mask)
   painted = np.broadcast_to(mask, result.x.shape) > 0

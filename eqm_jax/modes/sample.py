@@ -26,8 +26,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, checkpoint: str | None 
 
   Writes samples.png (a grid of the first hundred), samples.html (these with labels, NFE and ‖f‖) and samples.json (mean
   NFE, speed); with `save_images` one PNG a sample below images/; with `save_npz` samples.npz with x, label, nfe, norm,
-  status and restarts, and for latents also the decoded image (uint8) and the autoencoder; and, if the sampler descends,
-  the trajectories of the first samples.
+  status and restarts, of a sampler that stops by γ̂ also gamma, and for latents also the decoded image (uint8) and the
+  autoencoder; and, if the sampler descends, the trajectories of the first samples.
 
   Raises:
     ValueError: before sampling, if the config does not fit the model.
@@ -80,6 +80,7 @@ def _write(
   if options.save_npz:
     arrays = {"x": result.x, "label": label_N, "nfe": result.nfe}
     arrays |= {"norm": result.norm, "status": result.status, "restarts": result.restarts}
+    arrays |= {} if result.gamma is None else {"gamma": result.gamma}
     if generator.decoder:
       arrays |= {"image": pixels, "autoencoder": generator.autoencoder_id}
     np.savez(os.path.join(directory, "samples.npz"), **arrays)

@@ -14,6 +14,7 @@ from eqm_jax.checks import at_least, one_of
 from eqm_jax.data import arrays, images, samples
 from eqm_jax.data.codec import check_same_autoencoder
 from eqm_jax.data.samples import Source
+from eqm_jax.equilibrium import sampler
 from eqm_jax.equilibrium.field import check_labels
 from eqm_jax.evaluation import plane, reference_data
 from eqm_jax.io import write_json
@@ -41,11 +42,14 @@ class Task:
     """The section tasks of the config."""
     return self.config.tasks
 
-  def row(self) -> ml_collections.ConfigDict:
+  def row(self, stops: Sequence[str] = sampler.STOPS) -> ml_collections.ConfigDict:
     """The sampler that the task descends with.
 
+    Args:
+      stops: what its samples may stop by.
+
     Raises:
-      ValueError: naming the key, if it does not exist, does not descend, or does not fit the model.
+      ValueError: naming the key, if it does not exist, does not descend, or does not fit the task or the model.
     """
     if self.generator.model.time_input:
       raise ValueError(
@@ -55,6 +59,7 @@ class Task:
     descents = [name for name, row in self.config.samplers.items() if generator_lib.is_descent(row)]
     one_of("tasks.sampler", self.options.sampler, descents, "it names a sampler that descends")
     row = self.config.samplers[self.options.sampler]
+    one_of(f"samplers.{self.options.sampler}.stop", row.stop, stops, f"--mode={self.name} takes no other")
     self.generator.check(self.options.sampler, row)
     return row
 

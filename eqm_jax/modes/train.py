@@ -27,6 +27,7 @@ def run(config: ml_collections.ConfigDict, workdir: str):
   model = DiT(**config.model)
   evaluates = config.evaluation.num_samples is not None
   if evaluates:  # mistakes are found before anything takes long
+    validation.check_before_training(config)
     untrained = common.make_generator(config, config.evaluation, model)
     validation.check_options(config, untrained)
     periodic_evaluation.check(config, untrained)

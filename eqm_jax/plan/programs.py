@@ -133,7 +133,7 @@ def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
       return sample(params, labels, *noise)
 
   def sample(params, labels, *noise):
-    field = field_lib.field(model, params, **generator_lib.guidance_options(row))
+    field = field_lib.field(model, params, **generator.field_options(row))
     if continuous:
       stream_options = {"shape": model.input_shape, "slots": slots, "mesh": mesh, "index": np.arange(count)}
       return streaming.descend_stream(field, labels, **generator.descent_options(row), **stream_options)

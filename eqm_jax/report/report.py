@@ -48,6 +48,7 @@ CLAIMS = {  # in the order of the page
   "denoising": _Measurement(landscape_claims.denoising, 3, ("eqm", "flow_matching")),
   "outlier_detection": _Measurement(landscape_claims.outlier_detection, 0.5, ("eqm", "dot", "flow_matching_untimed")),
   "composition": _Measurement(landscape_claims.composition, 2),
+  "noise_level": _Measurement(landscape_claims.noise_level, 0.5, tuple(landscape_claims.READ_OUT.values())),
   "memorisation": _Measurement(landscape_claims.memorisation, 0.5),
   "energies": _Measurement(training_claims.energies, 4, ("eqm", "dot", "scalar", "l2")),
   "modern_block": _Measurement(training_claims.modern_block, 1, ("eqm", "modern")),

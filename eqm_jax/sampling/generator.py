@@ -13,14 +13,17 @@ import ml_collections
 import numpy as np
 
 from eqm_jax import distributed
+from eqm_jax.checkpoints import readouts
 from eqm_jax.checks import at_least, one_of
 from eqm_jax.data.codec import Codec
 from eqm_jax.equilibrium import field as field_lib
 from eqm_jax.equilibrium import ode, sampler, streaming, update_rules
+from eqm_jax.equilibrium.noise_level import NoiseReadout
 from eqm_jax.equilibrium.pytrees import check_labels
 from eqm_jax.networks.dit import DiT
 from eqm_jax.progress import Progress, waiting
 from eqm_jax.sampling import labels as labels_lib
+from eqm_jax.trees import fingerprint
 
 STREAM_LENGTH = 16  # samples per slot in one stream: more of them hide the progress, fewer leave slots idle at the end
 BATCHING = ("continuous", "static")
@@ -78,6 +81,11 @@ class Generator:
     return self.decoder.module.dtype if self.decoder else ""
 
   @functools.cached_property
+  def params_sha256(self) -> str | None:
+    """Fingerprint of the parameters; None without them."""
+    return None if self.params is None else fingerprint(self.params)
+
+  @functools.cached_property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of a sample as it is shown."""
     return self.decoder.image_shape(self.model.input_shape) if self.decoder else self.model.input_shape
@@ -110,8 +118,29 @@ class Generator:
     return distributed.replicate(self.params)
 
   def field(self, row: Row | None = None) -> field_lib.Field:
-    """The model's field, (x, labels) → f, with the guidance of a row."""
-    return field_lib.field(self.model, self._replicated_params, **(guidance_options(row) if row else {}))
+    """The model's field, (x, labels) → f, with the guidance of a row; → (f, γ̂) where the row stops by γ̂."""
+    return field_lib.field(self.model, self._replicated_params, **(self.field_options(row) if row else {}))
+
+  def field_options(self, row: Row) -> dict[str, Any]:
+    """Arguments of `equilibrium.field` for a row.
+
+    Raises:
+      ValueError: if its read-out cannot be read, or is of another model.
+    """
+    return {
+      "guidance": row.guidance,
+      "guidance_channels": row.guidance_channels,
+      "guidance_interval": row.guidance_interval,
+      "readout": self.readout(row),
+    }
+
+  def readout(self, row: Row) -> NoiseReadout | None:
+    """The read-out that stops the samples of a row; None for a row that stops by ‖f‖.
+
+    Raises:
+      ValueError: if it cannot be read, or is of another model.
+    """
+    return readouts.read(row.readout, self.model, self.params_sha256) if stops_by_gamma(row) else None
 
   def step_size(self, row: Row) -> float:
     """η of a descent, with "auto" resolved."""
@@ -127,6 +156,7 @@ class Generator:
       "key": self.key,
       "multiplier": self.multiplier if row.relative_threshold else 1.0,
       "threshold": row.threshold or 0.0,
+      "stop": row.stop,
       "max_nfe": row.max_nfe,
       "min_nfe": row.min_nfe,
       "max_restarts": row.max_restarts,
@@ -151,10 +181,11 @@ class Generator:
         f"input: choose one of {', '.join(ode.SOLVERS)}, or set evaluation.num_samples = None"
       )
     try:
-      field_lib.field(self.model, {}, **guidance_options(row))
+      _check_stop(row)
+      field_lib.field(self.model, {}, **self.field_options(row))
       if is_descent(row):
         options = self.descent_options(row)
-        sampler.check_threshold(options.pop("threshold"), 1)
+        sampler.check_threshold(options.pop("threshold"), 1, row.stop)
         sampler.make_policy(**options, example=jax.ShapeDtypeStruct(self.model.input_shape, jnp.float32))
       else:
         ode.check(**_integration(row, self.model), key=self.key)
@@ -245,13 +276,31 @@ def is_continuous(row: Row) -> bool:
   return bool(is_descent(row) and row.batching == "continuous" and (row.threshold or row.max_restarts))
 
 
-def guidance_options(row: Row) -> dict[str, Any]:
-  """Arguments of `equilibrium.field` for a row."""
-  return {
-    "guidance": row.guidance,
-    "guidance_channels": row.guidance_channels,
-    "guidance_interval": row.guidance_interval,
-  }
+def stops_by_gamma(row: Row) -> bool:
+  """Whether the samples of a row stop by the γ̂ of a read-out."""
+  return row.stop == "gamma"
+
+
+def stop_condition(row: Row) -> str:
+  """Where a sample of a descent with a threshold stops, in symbols."""
+  if stops_by_gamma(row):
+    return f"γ̂ ≥ {row.threshold:g}"
+  return f"{'‖f‖/λ' if row.relative_threshold else '‖f‖'} ≤ {row.threshold:g}"
+
+
+def _check_stop(row: Row):
+  """Refuses keys of a row that do not go together with what its threshold is compared with."""
+  one_of("stop", row.stop, sampler.STOPS)
+  if not stops_by_gamma(row):
+    if row.readout is not None:
+      raise ValueError(f"readout = {row.readout!r} has no effect with stop = {row.stop!r}: set stop = 'gamma', or None")
+    return
+  if not is_descent(row):
+    raise ValueError(f"stop = 'gamma' is for rules that descend, but rule = {row.rule!r} integrates: set stop = 'norm'")
+  if row.relative_threshold:
+    raise ValueError("relative_threshold = True divides ‖f‖ by λ, but stop = 'gamma': set relative_threshold = False")
+  if row.readout is None:
+    raise ValueError("stop = 'gamma', but readout = None: fit one with --mode=readout, and give its readout.npz")
 
 
 def warn_unfinished(name: str, row: Row, result: sampler.Result):
@@ -261,8 +310,9 @@ def warn_unfinished(name: str, row: Row, result: sampler.Result):
     log.warning("%s: %.1f %% of the samples diverged: try a smaller step_size", name, 100 * diverged)
   unfinished = np.mean(result.status == sampler.Status.BUDGET)
   if is_descent(row) and row.threshold and unfinished:
-    text = "%s: %.1f %% of the samples spent max_nfe = %d above the threshold %g"
-    log.warning(text, name, 100 * unfinished, row.max_nfe, row.threshold)
+    text = "%s: %.1f %% of the samples spent max_nfe = %d %s the threshold %g"
+    side = "below" if stops_by_gamma(row) else "above"
+    log.warning(text, name, 100 * unfinished, row.max_nfe, side, row.threshold)
 
 
 def _shortest(row: Row) -> Row:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from eqm_jax import plotting
-from eqm_jax.sampling.generator import Generator, Row
+from eqm_jax.sampling.generator import Generator, Row, stops_by_gamma
 
 FRAMES = 25  # of the animation
 COLUMNS = 9  # of the strip
@@ -39,7 +39,8 @@ def plot(generator: Generator, row: Row, labels: np.ndarray, directory: str):
   captions = plotting.row_captions(captions, len(columns)) if captions else None
   plotting.grid(strip, len(columns), captions=captions).save(os.path.join(directory, "descent.png"))
   curves = np.asarray(norms.record)[1 : last + 1]
-  plotting.norm_curves(curves, np.asarray(norms.nfe), row.threshold).save(os.path.join(directory, "norms.png"))
+  threshold = None if stops_by_gamma(row) else row.threshold
+  plotting.norm_curves(curves, np.asarray(norms.nfe), threshold).save(os.path.join(directory, "norms.png"))
 
 
 def _x(x: jax.Array, norm_B: jax.Array) -> jax.Array:

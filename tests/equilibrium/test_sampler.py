@@ -166,6 +166,53 @@ def test_the_threshold_can_be_relative_and_has_a_minimum_of_nfe():
   np.testing.assert_array_equal(late.nfe, np.maximum(absolute.nfe, 12))
 
 
+@jax.tree_util.Partial
+def bowl_with_level(x):
+  """The bowl, and as γ̂ the part of ‖x‖ = 8 that is gone."""
+  return bowl(x), 1 - jnp.linalg.norm(x, axis=-1) / 8
+
+
+def test_a_sample_stops_where_gamma_reaches_its_own_threshold():
+  thresholds = jnp.asarray([0.65, 0.9, 0.95])
+  result = descend(bowl_with_level, X0, step_size=0.02, max_nfe=100, threshold=thresholds, stop="gamma")
+  level = 1 - np.linalg.norm(X0, axis=1)[:, None] * 0.8 ** np.arange(100) / 8
+  updates = np.argmax(level >= np.asarray(thresholds)[:, None], axis=1)
+  np.testing.assert_array_equal(result.nfe, updates + 1)
+  np.testing.assert_allclose(result.x, X0 * 0.8 ** updates[:, None], rtol=1e-5)
+  np.testing.assert_allclose(result.gamma, level[np.arange(3), updates], rtol=1e-5)
+  np.testing.assert_allclose(result.norm, 10 * np.linalg.norm(result.x, axis=1), rtol=1e-5)
+  assert result.status.tolist() == [Status.CONVERGED] * 3
+  late = descend(bowl_with_level, X0, step_size=0.02, max_nfe=100, threshold=thresholds, stop="gamma", min_nfe=12)
+  np.testing.assert_array_equal(late.nfe, np.maximum(updates + 1, 12))
+  early = descend(bowl_with_level, X0, step_size=0.02, max_nfe=4, threshold=0.99, stop="gamma")
+  assert early.status.tolist() == [Status.BUDGET] * 3 and np.all(early.gamma < 0.99)
+
+
+@pytest.mark.parametrize("rule", [dict(rule="gd"), dict(rule="nag", momentum=0.3)])
+def test_what_samples_stop_by_does_not_change_their_steps(rule):
+  by_level = descend(bowl_with_level, X0, step_size=0.02, max_nfe=9, threshold=0.999, stop="gamma", **rule)
+  plain = descend(bowl, X0, step_size=0.02, max_nfe=9, **rule)
+  np.testing.assert_allclose(by_level.x, plain.x, rtol=1e-6)
+  assert plain.gamma is None
+
+
+@pytest.mark.parametrize(
+  "field_fn, arguments, text",
+  [
+    (bowl, dict(stop="gamma", threshold=0.9), r"needs a field that returns \(f, γ̂\), but this one returned f alone"),
+    (bowl_with_level, dict(threshold=0.9), "stop = 'norm' takes f alone: pass stop='gamma'"),
+    (lambda x: (bowl(x), x), dict(stop="gamma", threshold=0.9), r"γ̂ of shape \(3, 2\) for 3 samples"),
+    (bowl_with_level, dict(stop="gamma"), r"threshold = 0.0 must be in \(0, 1\): with stop = 'gamma'"),
+    (bowl_with_level, dict(stop="gamma", threshold=1.0), r"threshold = 1.0 must be in \(0, 1\)"),
+    (bowl_with_level, dict(stop="gamma", threshold=[0.5, -0.1, 0.5]), r"threshold = \[0.5, -0.1, 0.5\] must be in"),
+    (bowl_with_level, dict(stop="time", threshold=0.9), "stop = 'time' must be one of norm, gamma"),
+  ],
+)
+def test_stops_that_do_not_fit_the_field_are_refused(field_fn, arguments, text):
+  with pytest.raises(ValueError, match=text):
+    descend(field_fn, X0, step_size=0.1, max_nfe=3, **arguments)
+
+
 def test_recording_shows_the_trajectory_and_changes_nothing():
   options = dict(step_size=0.02, rule="gd", max_nfe=30, threshold=2.0)
   plain = descend(bowl, X0, **options)

@@ -46,6 +46,20 @@ def test_results_are_those_of_descend_whatever_the_slots(slots, rule):
     np.testing.assert_array_equal(result.status, expected.status)
 
 
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 9])
+def test_slots_stop_by_gamma_as_descend_does(slots):
+  def with_level(x, label_S):
+    return bowls(x, label_S), 1 - jnp.linalg.norm(x, axis=-1) / 4
+
+  options = {**OPTIONS, "threshold": 0.8, "stop": "gamma"}
+  expected = descend(lambda x: with_level(x, LABELS), start_noise(KEY, np.arange(N), (5,)), **options)
+  result = descend_stream(with_level, LABELS, KEY, shape=(5,), slots=slots, **options)
+  assert len(set(expected.nfe.tolist())) > 5 and Status.CONVERGED in expected.status
+  np.testing.assert_array_equal(result.nfe, expected.nfe)
+  for name in ("x", "norm", "gamma"):
+    np.testing.assert_allclose(getattr(result, name), getattr(expected, name), atol=1e-5)
+
+
 def test_executed_nfe_is_little_more_than_the_samples_need():
   result = descend_stream(bowls, LABELS, KEY, shape=(5,), slots=N // 8, rule="gd", **OPTIONS)
   needed = int(result.nfe.sum())

@@ -12,6 +12,7 @@ from conftest import run_python
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import eqm_jax
+from eqm_jax.equilibrium.noise_level import NoiseReadout
 
 SHAPE = (2, 1, 2)
 B = 2
@@ -28,19 +29,22 @@ class Network(nn.Module):
   energy: str = "none"
 
   @nn.compact
-  def __call__(self, x, labels):
+  def __call__(self, x, labels, return_tokens=False):
     mixed = nn.Dense(4)(x.reshape(len(x), -1)) + nn.Embed(4, 4)(labels)
-    return x + jnp.tanh(mixed).reshape(x.shape)
+    f = x + jnp.tanh(mixed).reshape(x.shape)
+    return (f, mixed.reshape(len(x), 2, 2)) if return_tokens else f
 
 
 MODEL, ENERGY_MODEL = Network(), Network(energy="dot")
 PARAMS = MODEL.init(jax.random.key(2), X, LABELS)["params"]
 OPTIONS = dict(step_size=0.1, max_nfe=3)
+READOUT = NoiseReadout(jnp.asarray([1.0, -1.0, 0.5, 0.2]), jnp.asarray(0.4))
 
 
 def make(name: str):
   """A public callable by name, as a function x [B, ...] → array [B, ...]."""
   field = eqm_jax.field(MODEL, PARAMS, LABELS)
+  read = eqm_jax.field(MODEL, PARAMS, LABELS, readout=READOUT)
   options = {"threshold": 1.0, "max_restarts": 1, "key": KEY, **OPTIONS}
   return {
     "field": field,
@@ -54,6 +58,7 @@ def make(name: str):
     "magnitude": lambda x: eqm_jax.magnitude(jax.nn.sigmoid(x)),
     "asymmetry": lambda x: eqm_jax.asymmetry(field, x, KEY, probes=2),
     "descend": lambda x: eqm_jax.descend(field, x, rule="nag", momentum=0.3, **options).x,
+    "descend by gamma": lambda x: eqm_jax.descend(read, x, stop="gamma", **{**options, "threshold": 0.5}).x,
     "integrate": lambda x: eqm_jax.integrate(field, x, solver="heun", steps=2).x,
     "integrate adaptively": lambda x: eqm_jax.integrate(field, x, solver="heun", rtol=0.1, atol=0.1).x,
   }[name]
@@ -62,8 +67,9 @@ def make(name: str):
 NAMES = [
   "field", "guided field", "field of an energy", "energy", "guided", "compose", "oracle_field", "corrupt", "magnitude",
   "asymmetry", "descend", "integrate", "integrate adaptively",
+  pytest.param("descend by gamma", marks=pytest.mark.slow),
 ]  # fmt: skip
-LOOPS = ["descend", "integrate", "integrate adaptively"]  # while_loops: differentiated forward only
+LOOPS = ["descend", "integrate", "integrate adaptively", NAMES[-1]]  # while_loops: differentiated forward only
 PYTREES = ["field", "guided field", "field of an energy", "energy", "guided", "compose", "oracle_field"]
 
 

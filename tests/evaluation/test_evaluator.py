@@ -242,6 +242,10 @@ def test_repeats_take_turns_and_integrators_have_rows(tiny_config, generator, tm
   [
     (lambda c: c.evaluation.update(plot_sampler="heun"), "'heun' must be one of adaptive, gd, nag"),
     (lambda c: c.samplers.adaptive.update(rule="heun"), "'adaptive' must descend, but integrates"),
+    (
+      lambda c: (c.evaluation.update(samplers=("gd",)), c.samplers.adaptive.update(stop="gamma", readout="/none.npz")),
+      "samplers.adaptive: /none.npz: no such file",
+    ),
     (lambda c: c.evaluation.update(num_samples=1), "samples = 1"),
     (lambda c: c.evaluation.update(chunk_size=0), "chunk_size = 0"),
     (lambda c: c.evaluation.update(batch_size=0), "evaluation.batch_size = 0"),
@@ -267,6 +271,15 @@ def test_bad_options_are_refused(tiny_config, generator, change, text):
   change(tiny_config)
   with pytest.raises(ValueError, match=text):
     validation.check_options(tiny_config, generator)
+
+
+def test_a_readout_beside_the_optimal_field_is_refused(tiny_config, generator):
+  """In the plane: the pictures show the descents of both."""
+  tiny_config.samplers.adaptive.update(stop="gamma", threshold=0.9, readout="/none.npz")
+  tiny_config.evaluation.update(samplers=("gd",), features=("raw",))
+  model = generator.model.clone(input_size=1, channels=2, patch_size=1)
+  with pytest.raises(ValueError, match="plot_sampler = 'adaptive' stops by a read-out, which the optimal field beside"):
+    validation.check_options(tiny_config, dataclasses.replace(generator, model=model))
 
 
 def test_labels_are_words_or_lists(tiny_config, generator):

@@ -143,6 +143,63 @@ def test_compose_labels_and_models(run, config, tmp_path):
 
 
 @pytest.mark.parametrize("run", ["none"], indirect=True)
+def test_readout(run, config, tmp_path):
+  config.tasks.readout.num_samples = 600
+  modes.run("readout", config, str(run[0]))
+  report = written(run[0], "readout")
+  predictions = np.load(run[0] / "readout" / "predictions.npz")
+  error = predictions["network"] - predictions["gamma"]
+  assert len(error) == 100 and report["network"]["rmse"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-5)
+  assert report["network"]["rmse"] < report["pixel statistics"]["rmse"]
+  config.samplers.adaptive.update(stop="gamma", threshold=0.6, readout=str(run[0] / "readout" / "readout.npz"))
+  for mode in ("compose", "inpaint"):
+    with pytest.raises(ValueError, match=f"adaptive.stop = 'gamma' must be one of norm: --mode={mode} takes no other"):
+      modes.run(mode, config, str(tmp_path), str(run[0]))
+  with pytest.raises(ValueError, match="adaptive.stop = 'gamma' needs a read-out of weights that are still"):
+    modes.run("train", config, str(tmp_path / "new"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["none"], indirect=True)
+def test_samples_that_stop_by_a_readout(run, config, tmp_path):
+  config.tasks.readout.num_samples = 600
+  modes.run("readout", config, str(tmp_path), str(run[0]))
+  path = str(tmp_path / "readout" / "readout.npz")
+  config.samplers.adaptive.update(stop="gamma", threshold=0.6, readout=path)
+  config.sample.update(num_samples=4, batch_size=2)
+  modes.run("sample", config, str(tmp_path), str(run[0]))
+  arrays = np.load(tmp_path / "samples" / "samples.npz")
+  pretrained, row = eqm_jax.load(run[0]), config.samplers.adaptive
+  readout = eqm_jax.load_readout(path, pretrained.model, pretrained.params)
+  noise = eqm_jax.start_noise(stream_key(config.sample.seed, "samples"), np.arange(4), (8, 8, 1))
+  expected = eqm_jax.descend(
+    pretrained.field(np.arange(4), readout=readout), noise, step_size=row.step_size, max_nfe=row.max_nfe,
+    threshold=0.6, stop="gamma",
+  )  # fmt: skip
+  np.testing.assert_allclose(arrays["x"], expected.x, atol=1e-4)
+  np.testing.assert_allclose(arrays["gamma"], expected.gamma, atol=1e-4)
+  config.evaluation.samplers = ("adaptive",)
+  modes.run("evaluate", config, str(tmp_path), str(run[0]))
+  row = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["rows"]["adaptive"]
+  assert (row["stop"], row["readout"]) == ("gamma", path) and (tmp_path / "evaluation" / "nfe_adaptive.png").exists()
+
+
+def test_a_readout_needs_an_implicit_model_and_images(tmp_path):
+  config = small_config("dot")
+  model = DiT(**config.model)
+  params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32), np.zeros(1, int))["params"]
+  eqm_jax.save_pretrained(tmp_path / "energy", model, params)
+  with pytest.raises(ValueError, match="this one is the gradient of an energy"):
+    modes.run("readout", config, str(tmp_path / "run"), str(tmp_path / "energy"))
+  np.savez(tmp_path / "few.npz", image=np.zeros((5, 8, 8, 1), np.uint8), label=np.arange(5))
+  config.data.source = "npz"
+  config.data.options = ml_collections.ConfigDict({"path": str(tmp_path / "few.npz"), "num_classes": 10})
+  eqm_jax.save_pretrained(tmp_path / "implicit", model.clone(energy="none"), params)
+  with pytest.raises(ValueError, match="'npz' has 5 images, and one in 6 is held out: give more"):
+    modes.run("readout", config, str(tmp_path / "run"), str(tmp_path / "implicit"))
+
+
+@pytest.mark.parametrize("run", ["none"], indirect=True)
 def test_inpaint(run, config, tmp_path):
   mask = np.zeros((8, 8))
   mask[2:5, 2:] = 1
@@ -169,6 +226,11 @@ BAD = {
     ({"ood.against": ("cats",)}, "'cats' must be one of uniform"),
     ({"ood.against": ()}, r"tasks.ood.against = \(\): name at least one"),
     ({"num_images": 0}, "tasks.num_images = 0"),
+  ],
+  "readout": [
+    ({"readout.num_samples": 50}, "tasks.readout.num_samples = 50 must be at least 60"),
+    ({"readout.ridge": 0.0}, r"tasks.readout.ridge = 0.0 must be in \(0"),
+    ({"images": "/nowhere"}, "/nowhere: no such folder"),
   ],
   "compose": [
     ({"compose.weights": (1.0,)}, "'weights': 1"),
@@ -298,7 +360,7 @@ def test_a_network_that_takes_the_time_is_refused(tmp_path):
   init = jax.jit(model.init)
   params = init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32), np.zeros(1, int), np.zeros(1))["params"]
   eqm_jax.save_pretrained(tmp_path / "timed", model, params)
-  for mode in ("denoise", "inpaint", "compose", "ood"):
+  for mode in ("denoise", "inpaint", "compose", "ood", "readout"):
     with pytest.raises(ValueError, match="model.time_input = True"):
       modes.run(mode, config, str(tmp_path / "run"), str(tmp_path / "timed"))
 

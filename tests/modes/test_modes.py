@@ -71,7 +71,7 @@ def test_flags_of_other_modes_are_refused(tiny_config, tmp_path: pathlib.Path, m
   assert not any(tmp_path.iterdir())
 
 
-ONE = ("sample", "denoise", "ood", "compose", "inpaint", "report", "benchmark")
+ONE = ("sample", "denoise", "ood", "compose", "inpaint", "readout", "report", "benchmark")
 
 
 @pytest.mark.parametrize("mode", ONE)

@@ -106,6 +106,20 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
     modes.run("report", other, str(tmp_path))
 
 
+@pytest.mark.slow
+def test_the_noise_level_of_networks_that_hardly_learn(tmp_path, monkeypatch):
+  names = ("eqm", "lambda_8", "flow_matching_untimed")
+  monkeypatch.setattr(lab, "MODELS", {name: lab.MODELS[name] for name in names})
+  config = small_config(("noise_level",))
+  config.report.num_samples = 60
+  modes.run("report", config, str(tmp_path))
+  claim = json.loads((tmp_path / "report.json").read_text())["claims"]["noise_level"]
+  titles = ["EqM", "untrained network", "pixel statistics", "EqM, λ = 8", "flow matching without time"]
+  assert [row[0] for row in claim["rows"]] == titles and (tmp_path / "figures" / "noise_level.png").exists()
+  rmse = {title: runs[0]["rmse"] for title, runs in claim["numbers"].items()}
+  assert 0 < rmse["EqM"] < rmse["pixel statistics"] and claim["verdict"] in (lab.PARTLY, lab.FAILS)  # of one seed
+
+
 @pytest.mark.parametrize(
   "key, value, message",
   [

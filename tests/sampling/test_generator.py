@@ -1,11 +1,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_python
 
+from eqm_jax.checkpoints import readouts
 from eqm_jax.equilibrium import sampler
+from eqm_jax.equilibrium.noise_level import NoiseReadout
 from eqm_jax.equilibrium.objective import Schedule
 from eqm_jax.sampling import generator as generator_lib
 
@@ -114,6 +117,80 @@ def test_a_threshold_relative_to_lambda(row):
   absolute = sample(row, 13).result.nfe
   row.update(relative_threshold=True, threshold=0.25)
   np.testing.assert_array_equal(sample(row, 13).result.nfe, absolute)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadBowls(Bowls):
+  """Bowls with one token that holds ‖x‖."""
+
+  width: int = 1
+  energy: str = "none"
+
+  def apply(self, variables, x, label, *gamma, return_tokens=False):
+    norm = jnp.linalg.norm(x.reshape(len(x), 1, -1), axis=-1, keepdims=True)
+    f = super().apply(variables, x, label, *gamma)
+    return (f, norm) if return_tokens else f
+
+
+@pytest.fixture
+def read_row(row, tmp_path):
+  """γ̂ = 1 − ‖x‖/8; noise of 64 numbers has a norm of about 8."""
+  readout = NoiseReadout(np.asarray([-1 / 8, 0.0], np.float32), np.float32(1.0))
+  readouts.save(str(tmp_path / "readout.npz"), readout, 2.0)
+  row.update(stop="gamma", threshold=0.9, readout=str(tmp_path / "readout.npz"))
+  return row
+
+
+@pytest.mark.parametrize("batching", ["continuous", pytest.param("static", marks=pytest.mark.slow)])
+def test_samples_stop_by_a_readout(read_row, batching, caplog):
+  read_row.batching = batching
+  result = generator(1, ReadBowls()).samples("row", read_row, LABELS).result
+  noise = sampler.start_noise(jax.random.key(0), np.arange(13), (8, 8, 1)).reshape(13, -1)
+  norms = np.linalg.norm(noise, axis=1)[:, None] * (1 - 0.04 * (2.0 + LABELS))[:, None] ** np.arange(60)
+  reached = norms <= 8 * (1 - 0.9)
+  expected = np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, 60)
+  assert len(set(result.nfe)) > 4
+  np.testing.assert_array_equal(result.nfe, expected)
+  np.testing.assert_allclose(result.gamma, 1 - norms[np.arange(13), expected - 1] / 8, atol=1e-4)
+  read_row.update(threshold=0.999, max_nfe=5)
+  generator(1, ReadBowls()).samples("row", read_row, LABELS)
+  assert "100.0 % of the samples spent max_nfe = 5 below the threshold 0.999" in caplog.text
+  assert generator_lib.stop_condition(read_row) == "γ̂ ≥ 0.999"
+
+
+@pytest.mark.parametrize(
+  "changes, params, text",
+  [
+    (dict(threshold=1.5), 2.0, r"samplers.row: threshold = 1.5 must be in \(0, 1\)"),
+    (dict(threshold=None), 2.0, r"samplers.row: threshold = 0.0 must be in \(0, 1\)"),
+    (dict(readout="/nowhere.npz"), 2.0, "samplers.row: /nowhere.npz: no such file: fit one with --mode=readout"),
+    (dict(readout=None), 2.0, "samplers.row: stop = 'gamma', but readout = None: fit one with --mode=readout"),
+    (dict(stop="norm"), 2.0, "samplers.row: readout = '.*readout.npz' has no effect with stop = 'norm'"),
+    (dict(stop="time"), 2.0, "samplers.row: stop = 'time' must be one of norm, gamma"),
+    (dict(relative_threshold=True), 2.0, "relative_threshold = True divides ‖f‖ by λ, but stop = 'gamma'"),
+    (dict(rule="heun"), 2.0, "stop = 'gamma' is for rules that descend, but rule = 'heun' integrates"),
+    ({}, 3.0, "samplers.row: .*readout.npz: fitted to other weights"),
+  ],
+)
+def test_rows_with_a_readout_that_does_not_fit_are_refused(read_row, changes, params, text):
+  made = dataclasses.replace(generator(5, ReadBowls()), params=params)
+  made.check("row", read_row) if params == 2.0 else None
+  read_row.update(changes)
+  with pytest.raises(ValueError, match=text):
+    made.check("row", read_row)
+
+
+@pytest.mark.parametrize(
+  "model, text",
+  [
+    (ReadBowls(width=3), "samplers.row: .*: the read-out is of a model of width 1, but this one has 3"),
+    (ReadBowls(energy="dot"), "samplers.row: .*gradient of an energy"),
+    (ReadBowls(time_input=True), "descends a field without time"),
+  ],
+)
+def test_models_that_a_rows_readout_is_not_of_are_refused(read_row, model, text):
+  with pytest.raises(ValueError, match=text):
+    generator(5, model).check("row", read_row)
 
 
 def test_spent_budgets_and_divergence_are_warned_of(row, caplog):
