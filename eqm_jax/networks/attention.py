@@ -18,8 +18,9 @@ from jax.sharding import AxisType, PartitionSpec
 FORMS = ("auto", "xla", "pallas", "pallas_interpret", "cudnn")
 KERNELS = ("pallas", "pallas_interpret")
 OPERAND, RESULT = "attention_operand", "attention_result"  # around the kernel: names for rematerialisation
-# Mesh axes that activations are sharded over: along samples, and within a layer.
-SAMPLES, WITHIN_LAYER = ("data", "fsdp"), "tensor"
+# Mesh axes that activations are sharded over: along samples, the first one over slices, and within a layer.
+SLICES, WITHIN_LAYER = "dcn_data", "tensor"
+SAMPLES = (SLICES, "data", "fsdp")
 
 log = logging.getLogger(__name__)
 

@@ -157,11 +157,11 @@ def _with_state(config: ml_collections.ConfigDict, figures: list[Figures]) -> li
 
 def _state_bytes(config: ml_collections.ConfigDict, topology: Topology) -> dict[int, int]:
   """{fsdp: bytes of the state on a chip} on the meshes data × fsdp that the sharding rules and the batch accept."""
-  shapes, tensor = programs.state_shapes(config, DiT(**config.model)), config.mesh.tensor
+  shapes, others = programs.state_shapes(config, DiT(**config.model)), config.mesh.tensor * config.mesh.dcn_data
   held = {}
-  for fsdp in range(1, len(topology.devices) // tensor + 1):
-    if (len(topology.devices) // tensor) % fsdp == 0:
-      mesh = sharding.make_mesh(-1, fsdp, tensor, devices=topology.devices)
+  for fsdp in range(1, len(topology.devices) // others + 1):
+    if (len(topology.devices) // others) % fsdp == 0:
+      mesh = sharding.make_mesh(**{**config.mesh, "data": -1, "fsdp": fsdp}, devices=topology.devices)
       try:
         sharding.batch_sharding(mesh, config.train.batch_size, config.train.grad_accum_steps)
         held[fsdp] = sharding.held(shapes, sharding.state_shardings(shapes, config.sharding, mesh))

@@ -180,7 +180,8 @@ def test_under_rematerialisation_there_is_one_kernel_forward_and_one_backward(re
 def chosen(
   form: str, shape=(8, 256, 3, 16, 72), dtype="bfloat16", device=TPU, sizes=(2, 2, 1), kind=AxisType.Auto
 ) -> str:
-  mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"), axis_types=(kind,) * 3, abstract_device=device)
+  axes = ("dcn_data", "data", "fsdp", "tensor")[-len(sizes) :]
+  mesh = AbstractMesh(sizes, axes, axis_types=(kind,) * len(axes), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
     return attention.resolve(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), form)
 
@@ -192,11 +193,13 @@ def chosen(
     ("pallas", dict(shape=(8, 1024, 3, 16, 72))),
     ("pallas", dict(shape=(8, 81, 3, 12, 64))),
     ("pallas", dict(sizes=(1, 2, 4))),
+    ("pallas", dict(sizes=(2, 2, 2, 1))),
     ("xla", dict(dtype="float32")),
     ("xla", dict(shape=(8, 256, 3, 2, 512))),  # a head too wide
     ("xla", dict(shape=(8, 1009, 3, 16, 72))),  # a prime number of tokens
     ("xla", dict(shape=(8, 16384, 3, 16, 72))),  # more than the vector memory holds
     ("xla", dict(shape=(6, 256, 3, 16, 72))),  # samples that the devices do not divide
+    ("xla", dict(shape=(4, 256, 3, 16, 72), sizes=(2, 2, 2, 1))),  # nor those of two slices
     ("xla", dict(sizes=(1, 1, 5))),  # heads likewise
     ("xla", dict(kind=AxisType.Explicit)),
     ("xla", dict(device=None)),  # a CPU
