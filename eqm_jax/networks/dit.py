@@ -26,10 +26,17 @@ from eqm_jax.trees import path_name
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
+def _kernel_policy(*names: str):
+  """A policy that keeps these values of the attention kernel, and the result and statistics of cuDNN's."""
+  named = jax.checkpoint_policies.save_only_these_names(*names)
+  return jax.checkpoint_policies.save_from_both_policies(
+    named, lambda primitive, *_, **__: primitive.name == attention.CUDNN_FORWARD
+  )
+
+
 def _with_kernel(policy):
   """A policy that keeps what goes into the attention kernel and what comes out, too."""
-  kept = jax.checkpoint_policies.save_only_these_names(attention.OPERAND, attention.RESULT)
-  return jax.checkpoint_policies.save_from_both_policies(policy, kept)
+  return jax.checkpoint_policies.save_from_both_policies(policy, _kernel_policy(attention.OPERAND, attention.RESULT))
 
 
 # Intermediate values of a block that are kept for the backward pass; the others are computed again.
@@ -37,7 +44,7 @@ REMAT_POLICIES = {
   "none": None,  # all are kept: no rematerialisation
   "dots": _with_kernel(jax.checkpoint_policies.checkpoint_dots),
   "dots_no_batch": _with_kernel(jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims),
-  "full": jax.checkpoint_policies.save_only_these_names(attention.RESULT),  # and nothing else
+  "full": _kernel_policy(attention.RESULT),  # and nothing else
 }
 BLOCKS = ("auto", "xla", "cpu")
 ENERGIES = ("none", "dot", "l2", "scalar")
@@ -112,7 +119,7 @@ class DiT(nn.Module):
     """Form of the blocks where this is traced: "xla" or "cpu"."""
     if self.block != "auto":
       return self.block
-    if self.attention in attention.KERNELS:
+    if self.attention not in ("auto", "xla"):  # the form for CPUs would not run the kernel that is asked for
       return "xla"
     # Only `Block` has sharding constraints for layers that are split over devices; in a shard_map none is split.
     mesh = jax.sharding.get_abstract_mesh()
