@@ -51,24 +51,27 @@ def make_mesh(
     )
   # Auto axes: jax.make_mesh would default to Explicit ones, which linen does not support.
   kinds = (AxisType.Auto,) * len(AXES)
-  if dcn_data == 1:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
-  return Mesh(_hybrid(described, sizes, devices), AXES, axis_types=kinds)
-
-
-def _hybrid(described: str, sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-  """Devices in the order of a mesh whose first axis goes over slices, as the devices name theirs."""
   slices = {getattr(device, "slice_index", None) for device in devices}
+  if dcn_data == 1 and len(slices) == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
   if None in slices:  # CPUs, of which consecutive ones of consecutive processes play a slice
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    return np.asarray(ordered).reshape(sizes)
-  if len(slices) != sizes[0]:
+    return Mesh(np.asarray(ordered).reshape(sizes), AXES, axis_types=kinds)
+  return Mesh(_over_slices(described, sizes, devices, len(slices)), AXES, axis_types=kinds)
+
+
+def _over_slices(described: str, sizes: Sequence[int], devices: Sequence[jax.Device], slices: int) -> np.ndarray:
+  """Devices in the order of a mesh whose first axis goes over their slices."""
+  if sizes[0] == 1 and devices[0].platform == "gpu":  # NCCL sees by itself which of them are neighbours
+    return mesh_utils.create_device_mesh(sizes, devices)
+  if slices != sizes[0]:
     raise ValueError(
-      f"mesh {described}: the {len(devices)} devices lie in {len(slices)} slices (slices of TPUs, nodes of GPUs): set "
-      f"config.mesh.{SLICES} to 1, or to the number of slices"
+      f"mesh {described}: the {len(devices)} devices lie in {slices} slices (slices of TPUs, nodes of GPUs): set "
+      f"config.mesh.{SLICES} to {slices}"
     )
   try:
-    return mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0], 1, 1, 1), devices)
+    inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
   except (ValueError, AssertionError, NotImplementedError) as error:
     raise ValueError(f"mesh {described}: it does not fit the slices of the devices ({error})") from error
 

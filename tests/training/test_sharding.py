@@ -87,9 +87,14 @@ class Device:
   device_kind: str = "NVIDIA H100 80GB HBM3"
 
 
-def devices(*slices: int | None) -> list[Device]:
+def devices(*slices: int | None, **kind: str) -> list[Device]:
   """One device a process, in the slices given."""
-  return [Device(i, i, index) for i, index in enumerate(slices)]
+  return [Device(i, i, index, **kind) for i, index in enumerate(slices)]
+
+
+def test_nodes_of_gpus_need_no_axis_of_their_own():
+  mesh = sharding.make_mesh(4, 2, 1, devices=devices(0, 0, 0, 0, 1, 1, 1, 1))
+  assert [device.id for device in mesh.devices.flat] == list(range(8))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,12 @@ def test_the_devices_of_a_slice_lie_together(slices, sizes, expected):
 def test_slices_that_the_mesh_does_not_fit_are_refused(slices, text):
   with pytest.raises(ValueError, match=text):
     sharding.make_mesh(2, 2, 1, dcn_data=2, devices=devices(*slices))
+
+
+def test_slices_of_tpus_need_an_axis_of_their_own():
+  two = devices(0, 0, 0, 0, 1, 1, 1, 1, platform="tpu", device_kind="TPU v5 lite")
+  with pytest.raises(ValueError, match="mesh data=4, fsdp=2, tensor=1: the 8 devices lie in 2 slices .*mesh.dcn_data to 2"):
+    sharding.make_mesh(4, 2, 1, devices=two)
 
 
 # What each axis of a large parameter is split over, where each has a device to split it over.
