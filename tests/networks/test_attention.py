@@ -29,11 +29,15 @@ def arrays(B: int, T: int, H: int, K: int, dtype: str = "float32"):
   return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes)]
 
 
-def compare(found, expected, tolerance):
+def compare(found, expected, tolerance) -> list[float]:
+  """The largest difference of each array, over its largest number."""
+  differences = []
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert a.dtype == b.dtype and a.shape == b.shape
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+    differences.append(np.abs(a - b).max() / np.abs(b).max())
+  return differences
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -51,16 +55,20 @@ def values_and_gradients(form, qkv, g):
     (1, 288, 2, 8, "float32"),  # 96 queries at a time
     (2, 16, 2, 72, "bfloat16"),
     (2, 20, 3, 64, "bfloat16"),
-    pytest.param(2, 256, 16, 72, "bfloat16", marks=pytest.mark.slow),
-    pytest.param(1, 1024, 4, 72, "bfloat16", marks=pytest.mark.slow),
-    pytest.param(1, 1024, 4, 64, "float32", marks=pytest.mark.slow),
     pytest.param(1, 250, 2, 20, "float32", marks=pytest.mark.slow),
+    pytest.param(2, 256, 12, 64, "float32", marks=pytest.mark.slow),  # B/2
+    pytest.param(2, 256, 12, 64, "bfloat16", marks=pytest.mark.slow),
+    pytest.param(2, 256, 16, 72, "float32", marks=pytest.mark.slow),  # XL/2
+    pytest.param(2, 256, 16, 72, "bfloat16", marks=pytest.mark.slow),
+    pytest.param(1, 1024, 4, 64, "float32", marks=pytest.mark.slow),  # some heads at 512×512
+    pytest.param(1, 1024, 4, 72, "bfloat16", marks=pytest.mark.slow),
   ],
 )
 def test_values_and_gradients_are_those_of_xla(B, T, H, K, dtype):
   qkv, _, g = arrays(B, T, H, K, dtype)
   found, expected = (values_and_gradients(form, qkv, g) for form in (INTERPRET, "xla"))
-  compare(found, expected, 1e-6 if dtype == "float32" else 1e-2)
+  values, gradients = compare(found, expected, 3e-6 if dtype == "float32" else 1e-2)
+  print(f"\n| {B} | {T} | {H} × {K} | {dtype} | {values:.1e} | {gradients:.1e} |")
 
 
 def test_bfloat16_is_as_near_to_the_exact_result_as_xla():
