@@ -54,7 +54,7 @@ def make_mesh(
   slices = {getattr(device, "slice_index", None) for device in devices}
   if dcn_data == 1 and len(slices) == 1:
     return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
-  if None in slices:  # CPUs, of which consecutive ones of consecutive processes play a slice
+  if None in slices or devices[0].platform == "cpu":  # consecutive devices of consecutive processes play a slice
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.asarray(ordered).reshape(sizes), AXES, axis_types=kinds)
   return Mesh(_over_slices(described, sizes, devices, len(slices)), AXES, axis_types=kinds)
@@ -66,7 +66,7 @@ def _over_slices(described: str, sizes: Sequence[int], devices: Sequence[jax.Dev
     return mesh_utils.create_device_mesh(sizes, devices)
   if slices != sizes[0]:
     raise ValueError(
-      f"mesh {described}: the {len(devices)} devices lie in {slices} slices (slices of TPUs, nodes of GPUs): set "
+      f"mesh {described}: the number of slices of TPUs, or nodes of GPUs, of the {len(devices)} devices is {slices}: set "
       f"config.mesh.{SLICES} to {slices}"
     )
   try:

@@ -98,23 +98,24 @@ def test_nodes_of_gpus_need_no_axis_of_their_own():
 
 
 @pytest.mark.parametrize(
-  "slices, sizes, expected",
+  "platform, slices, sizes, expected",
   [
-    ((0, 1, 0, 1, 0, 1, 0, 1), (2, 2, 1), [[0, 2, 4, 6], [1, 3, 5, 7]]),  # numbered across the slices
-    ((1, 1, 1, 1, 0, 0, 0, 0), (1, 4, 1), [[4, 5, 6, 7], [0, 1, 2, 3]]),
-    ((None,) * 8, (1, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]]),  # CPUs name no slice
+    ("gpu", (0, 1, 0, 1, 0, 1, 0, 1), (2, 2, 1), [[0, 2, 4, 6], [1, 3, 5, 7]]),  # numbered across the slices
+    ("gpu", (1, 1, 1, 1, 0, 0, 0, 0), (1, 4, 1), [[4, 5, 6, 7], [0, 1, 2, 3]]),
+    ("cpu", (None,) * 8, (1, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("cpu", (0,) * 8, (1, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]]),  # of several processes on one machine
   ],
 )
-def test_the_devices_of_a_slice_lie_together(slices, sizes, expected):
-  mesh = sharding.make_mesh(*sizes, dcn_data=2, devices=devices(*slices))
+def test_the_devices_of_a_slice_lie_together(platform, slices, sizes, expected):
+  mesh = sharding.make_mesh(*sizes, dcn_data=2, devices=devices(*slices, platform=platform))
   assert [[device.id for device in np.ravel(one)] for one in mesh.devices] == expected
 
 
 @pytest.mark.parametrize(
   "slices, text",
   [
-    ((0,) * 8, r"mesh dcn_data=2, data=2, fsdp=2, tensor=1: the 8 devices lie in 1 slices .* set config.mesh.dcn_data"),
-    ((0, 1, 2, 3, 0, 1, 2, 3), "lie in 4 slices"),
+    ((0,) * 8, r"mesh dcn_data=2, data=2, fsdp=2, tensor=1: .* of the 8 devices is 1: set config.mesh.dcn_data to 1$"),
+    ((0, 1, 2, 3, 0, 1, 2, 3), "the number of slices .* is 4"),
     ((0, 0, 0, 0, 0, 0, 1, 1), "it does not fit the slices of the devices"),
   ],
 )
@@ -125,7 +126,7 @@ def test_slices_that_the_mesh_does_not_fit_are_refused(slices, text):
 
 def test_slices_of_tpus_need_an_axis_of_their_own():
   two = devices(0, 0, 0, 0, 1, 1, 1, 1, platform="tpu", device_kind="TPU v5 lite")
-  with pytest.raises(ValueError, match="mesh data=4, fsdp=2, tensor=1: the 8 devices lie in 2 slices .*mesh.dcn_data to 2"):
+  with pytest.raises(ValueError, match="mesh data=4, fsdp=2, tensor=1: .* of the 8 devices is 2: set config.mesh.dcn_data to 2"):
     sharding.make_mesh(4, 2, 1, devices=two)
 
 
