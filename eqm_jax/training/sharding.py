@@ -66,8 +66,8 @@ def _over_slices(described: str, sizes: Sequence[int], devices: Sequence[jax.Dev
     return mesh_utils.create_device_mesh(sizes, devices)
   if slices != sizes[0]:
     raise ValueError(
-      f"mesh {described}: the number of slices of TPUs, or nodes of GPUs, of the {len(devices)} devices is {slices}: set "
-      f"config.mesh.{SLICES} to {slices}"
+      f"mesh {described}: the number of slices of TPUs, or nodes of GPUs, of the {len(devices)} devices is {slices}: "
+      f"set config.mesh.{SLICES} to {slices}"
     )
   try:
     inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)

@@ -28,7 +28,7 @@ def test_the_flags_for_gpus_are_flags_that_xla_knows(tmp_path):
   """XLA ends a process that has others."""
   env = environment(tmp_path, HOME=tmp_path, XLA_FLAGS="", JAX_PLATFORMS="cpu", PYTHON=sys.executable)
   env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
-  show = "import jax, os; print(len(jax.devices()), os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'], os.environ['XLA_FLAGS'])"
+  show = "import jax, os; print(len(jax.devices()), *map(os.getenv, ('XLA_PYTHON_CLIENT_MEM_FRACTION', 'XLA_FLAGS')))"
   finished = call("bash", "-c", f'source launch/gpu_env.sh && "$PYTHON" -c "{show}"', env=env, cwd=ROOT)
   assert finished.returncode == 0, finished.stderr
   count, memory, *flags = finished.stdout.split()

@@ -33,14 +33,16 @@ def test_a_device_is_a_chip_whatever_the_slice_is_called(names, shape, chips, ki
     assert opened.product == names[-1].replace("v5litepod", "v5e") or opened.product in names
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e-17", "0xv5e-16", "v5e:4by4", "v3-8", "h100-8", "v4:", "v5e:3x4", "v5e:4x4,v9-4"])
+@pytest.mark.parametrize(
+  "name", ["v5e", "v5e-17", "0xv5e-16", "v5e:4by4", "v3-8", "h100-8", "v4:", "v5e:3x4", "v5e:4x4,v9-4"]
+)
 def test_an_unknown_slice_is_refused_with_the_known_ones(name):
   with pytest.raises(ValueError, match=r"--topology=\S+ .*v5e-\{1,4,8,16.*v5p-\{"):
     open_slice(name)
 
 
 def test_slices_without_a_stated_network_are_refused():
-  with pytest.raises(ValueError, match="--topology=2xv4-32: Google does not state .* of TPU v5e, TPU v6e: plan for one"):
+  with pytest.raises(ValueError, match="--topology=2xv4-32: .* does not state .* of TPU v5e, TPU v6e: plan for one"):
     open_slice("2xv4-32")
 
 
