@@ -2,17 +2,16 @@
 
 Command:   python -m eqm_jax.main --config=configs/imagenet256.py --workdir=runs/xl2
            It encodes the images into a cache (--mode=prepare does only that), trains from that and goes on when started
-           again. Variants: imagenet256.py:B/2, :L/2, :XL/2 (the default), :S/2, and patches 4 and 8. With "-tfds" the
-           images are those of a TFDS build; with "-online" they are encoded in each step, without a cache.
+           again. Variants: imagenet256.py:B/2, :L/2, :XL/2 (the default), :S/2, and patches 4 and 8. "-gpu": for GPUs
+           of 80 GB, from one up; "-tfds": the images of a TFDS build; "-online": encoded in each step, without a cache.
 Hardware:  a TPU slice or GPUs; not run by us yet. XL/2 takes 0.71 TFLOP per image and step, so 7.0 million steps of 256
            (1,400 epochs) take an estimated 56 hours at half of the peak of 64 v5e chips (197 TFLOP/s each, bfloat16).
-           State: 10.8 GB, split by fsdp. docs/plan.md has what each size takes on slices; --mode=plan computes others.
-           On one device, or any number that four does not divide: --config.mesh.fsdp=-1 --config.mesh.data=1.
+           State: 10.8 GB, split by fsdp. docs/plan.md has what each size takes on TPUs, docs/gpus.md on GPUs. On any
+           number of devices that four does not divide: --config.mesh.fsdp=-1 --config.mesh.data=1.
 Expected:  the paper's figures (FID of 50,000 samples). XL/2, 1,400 epochs, with guidance: 1.90. B/2, 80 epochs (400,000
            steps), without guidance: 32.85; its loss flattens near 10.3 (see `relative_loss` in the metrics). With the
            authors' checkpoints, without training and without ImageNet (docs/evaluation.md):
-           --config=configs/imagenet256.py:B/2 --mode=evaluate --checkpoint=EqM-B-2.pt for 32.85,
-           --config=configs/imagenet256.py:XL/2 --mode=evaluate --checkpoint=EqM-XL-2.pt for 1.90.
+           --mode=evaluate with :B/2 and --checkpoint=EqM-B-2.pt for 32.85, :XL/2 and EqM-XL-2.pt for 1.90.
 Data:      the images in data/imagenet/train and Stable Diffusion's autoencoder in data/sd-vae-ft-ema (docs/data.md);
            Inception's weights and ADM's statistics (docs/evaluation.md), or --config.evaluation.num_samples=None.
 """
@@ -86,6 +85,11 @@ def network(config, size: str, patch: int, override):
   override(config)
 
 
+def gpu(config):
+  config.mesh.fsdp = 1  # each has the whole state
+  config.train.grad_accum_steps = 2  # 128 images at a time fit one, 256 hardly; on several: 1
+
+
 def tfds(config):
   config.prepare.source = "tfds"
   config.prepare.options = dict(name="imagenet2012", path="data/tfds", split="train", size=256, channels=3)
@@ -103,5 +107,5 @@ VARIANTS = {
   f"{size}/{patch}{suffix}": functools.partial(network, size=size, patch=patch, override=override)
   for size in SIZES
   for patch in (2, 4, 8)
-  for suffix, override in (("", lambda config: None), ("-tfds", tfds), ("-online", online))
+  for suffix, override in (("", lambda config: None), ("-gpu", gpu), ("-tfds", tfds), ("-online", online))
 }

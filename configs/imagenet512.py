@@ -1,7 +1,6 @@
 """EqM-XL/2 on ImageNet 512×512 in the latent space of Stable Diffusion's autoencoder.
 
-Command:   python -m eqm_jax.main --config=configs/imagenet512.py --workdir=runs/xl2_512
-           Variants: those of configs/imagenet256.py.
+Command:   python -m eqm_jax.main --config=configs/imagenet512.py --workdir=runs/xl2_512 (variants of imagenet256.py)
 Hardware:  a TPU slice or GPUs; not run by us. 1,024 tokens an image: XL/2 takes 3.1 TFLOP per image and step, and 3.0
            million steps of 256 an estimated 106 hours at half of the peak of 64 v5e chips.
 Expected:  the paper has no figures for this size.

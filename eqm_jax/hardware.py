@@ -3,6 +3,8 @@
 TPUs: Cloud TPU's documentation of each version (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Google states the
 links of a chip together; v5e's and v6e's are stated for both directions, and halved here. The usable part of a TPU's
 memory is from the error of libtpu 0.0.52's compiler for larger programs (for a v5p 95.73 GiB, more than Google states).
+Between slices: the network of the data center of a v5e and v6e pod of 256 chips, 6.4 and 25.6 Tbit/s, by chip; of the
+others it is not stated.
 GPUs: NVIDIA's data sheets, dense bfloat16; JAX takes three quarters of their memory.
 """
 
@@ -24,17 +26,19 @@ class Chip:
   memory_bandwidth: float  # bytes per second
   link_bandwidth: float  # bytes per second out of a chip, all its links together
   usable_memory: float  # bytes for the arguments, results and temporaries of a program
+  dcn_bandwidth: float | None = None  # bytes per second out of a chip to other slices; None: not stated
 
 
 CHIPS = {  # by jax.Device.device_kind
   "TPU v4": Chip("TPU v4", 275e12, 32 * 2**30, 1228e9, 300e9, 30.75 * 2**30),
-  "TPU v5 lite": Chip("TPU v5e", 197e12, 16 * 2**30, 819e9, 200e9, 15.75 * 2**30),
+  "TPU v5 lite": Chip("TPU v5e", 197e12, 16 * 2**30, 819e9, 200e9, 15.75 * 2**30, 6.4e12 / 8 / 256),
   "TPU v5": Chip("TPU v5p", 459e12, 95 * 2**30, 2765e9, 600e9, 95 * 2**30),
-  "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * 2**30, 1638e9, 400e9, 31.24 * 2**30),
+  "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * 2**30, 1638e9, 400e9, 31.24 * 2**30, 25.6e12 / 8 / 256),
   "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 312e12, 40e9, 1555e9, 300e9, 0.75 * 40e9),
   "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 312e12, 80e9, 2039e9, 300e9, 0.75 * 80e9),
   "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80e9, 3350e9, 450e9, 0.75 * 80e9),
   "NVIDIA H200": Chip("H200", 989e12, 141e9, 4800e9, 450e9, 0.75 * 141e9),
+  "NVIDIA B200": Chip("B200", 2250e12, 180e9, 8000e9, 900e9, 0.75 * 180e9),
 }
 
 

@@ -15,6 +15,8 @@
 #                            (tpu-v5-lite-podslice)
 #   --topology=AxB[xC]       chips of the slice (4x4)
 #   --chips=N                chips of a host (4); hosts are the slice's chips divided by it
+#   --slices=N               slices that train together (1), each of that topology and in a node pool of its own. GKE
+#                            tells the pods of each other; --config.mesh.dcn_data=N has to be among FLAGS
 #   --service-account=NAME   Kubernetes service account that may write to the bucket (default)
 #   --namespace=NAME         of Kubernetes
 #   --spot                   on Spot machines
@@ -26,7 +28,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-name='' image='' bucket='' accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 service_account=default spot=''
+name='' image='' bucket='' accelerator=tpu-v5-lite-podslice topology=4x4 chips=4 slices=1 service_account=default spot=''
 restarts=10 namespace=()
 while (($#)); do
   case $1 in
@@ -39,6 +41,7 @@ while (($#)); do
     --accelerator=*) accelerator=${1#*=} ;;
     --topology=*) topology=${1#*=} ;;
     --chips=*) chips=${1#*=} ;;
+    --slices=*) slices=${1#*=} ;;
     --service-account=*) service_account=${1#*=} ;;
     --namespace=*) namespace=("--namespace=${1#*=}") ;;
     --restarts=*) restarts=${1#*=} ;;
@@ -54,12 +57,16 @@ done
 [[ $accelerator =~ ^[-a-z0-9]+$ ]] || usage_error "--accelerator is GKE's name of a TPU, not '$accelerator'"
 [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || usage_error "--topology is AxB or AxBxC, not '$topology'"
 [[ $chips =~ ^[1-9][0-9]*$ ]] || usage_error "--chips is a number, not '$chips'"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || usage_error "--slices is a number, not '$slices'"
 [[ $service_account =~ ^[-a-z0-9.]+$ ]] || usage_error "--service-account is a name, not '$service_account'"
 [[ $restarts =~ ^[0-9]+$ ]] || usage_error "--restarts is a number, not '$restarts'"
 ((${topology//x/*} % chips == 0)) || usage_error "--topology=$topology: its chips do not divide by --chips=$chips"
 for needed in --config --workdir; do
   [[ " $*" == *" $needed="* ]] || usage_error "$needed=... of eqm_jax.main is missing after --"
 done
+
+((slices == 1)) || [[ " $* " == *" --config.mesh.dcn_data=$slices "* ]] ||
+  usage_error "--slices=$slices needs --config.mesh.dcn_data=$slices of eqm_jax.main after --"
 
 # Prints words as a list in JSON, of which YAML is a superset. Kubernetes reads $$ as $, and $(NAME) as a variable.
 json() {
@@ -84,6 +91,7 @@ put() { # NAME VALUE
 }
 put NAME "$name"
 put RESTARTS "$restarts"
+put SLICES "$slices"
 put HOSTS "$((${topology//x/*} / chips))"
 put SERVICE_ACCOUNT "$service_account"
 put ACCELERATOR "$accelerator"
@@ -99,7 +107,8 @@ if [[ $dry_run ]]; then
   exit
 fi
 "${command[@]}" <<<"$manifest"
-first_pod="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0"
+first_pod="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0"
+first_pod+=",batch.kubernetes.io/job-completion-index=0"
 echo "its state:  $(quoted kubectl get jobset "$name" "${namespace[@]}")"
 echo "its log:    $(quoted kubectl logs --follow --container=eqm-jax "--selector=$first_pod" "${namespace[@]}")"
 echo "to end it:  $(quoted kubectl delete jobset "$name" "${namespace[@]}")"

@@ -10,19 +10,21 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import ml_collections
 import pytest
 from absl import flags
 from conftest import ROOT, environment, load_config
 from ml_collections import config_flags
 
+from eqm_jax.benchmark import measure
 from eqm_jax.data import sources
 from eqm_jax.equilibrium.gamma import GammaDensity
 from eqm_jax.equilibrium.objective import Schedule
 from eqm_jax.networks import dit
 from eqm_jax.networks.autoencoder import Autoencoder
 from eqm_jax.report import report
-from eqm_jax.training import sharding
+from eqm_jax.training import sharding, state
 
 CONFIGS = ROOT / "configs"
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "base")
@@ -177,6 +179,19 @@ def test_the_report_has_texts_for_every_claim():
   claims = papers.to_dict() | beyond.to_dict()
   assert set(claims) == set(report.CLAIMS) and not set(papers) & set(beyond)
   assert all(title and paper for title, paper in claims.values())
+
+
+def test_the_variant_for_gpus_fits_one_of_80_gigabytes():
+  """State, three times its gradients and twice what the backward pass keeps at least, of what launch/ lets JAX take."""
+  config = load_config("imagenet256", "XL/2-gpu")
+  model, mesh = dit.DiT(**config.model), sharding.make_mesh(**config.mesh)
+  optimizer = state.make_optimizer(config.optimizer, config.train.steps)
+  shapes = jax.eval_shape(lambda: state.init_state(model, optimizer, 0))
+  shardings = sharding.state_shardings(shapes, config.sharding, mesh)
+  held, gradients = (sharding.held(*both) for both in ((shapes, shardings), (shapes.params, shardings.params)))
+  kept = config.train.batch_size * measure.activation_bytes(model)
+  assert 10.7e9 < held < 10.9e9 and 2.6e9 < gradients < 2.8e9 and 37e9 < kept < 39e9
+  assert held + 3 * gradients + 2 * kept / config.train.grad_accum_steps < 0.9 * 80e9 < held + 3 * gradients + 2 * kept
 
 
 @pytest.mark.parametrize("size", dit.SIZES)

@@ -198,7 +198,7 @@ def check_training_memory(
   `shapes` and `shardings` are those of the training state. Returns `estimate` and `available`, bytes of one device.
   """
   mesh = jax.tree.leaves(shardings)[0].mesh
-  samples = config.train.batch_size / (mesh.shape["data"] * mesh.shape["fsdp"] * config.train.grad_accum_steps)
+  samples = sharding.samples_on_device(mesh, config.train.batch_size) / config.train.grad_accum_steps
   activations = round(samples * activation_bytes(DiT(**config.model)) / mesh.shape["tensor"])
   state = sharding.held(shapes, shardings)
   gradient = sharding.held(shapes.params, shardings.params)

@@ -19,7 +19,7 @@ from eqm_jax.benchmark.results import Row
 from eqm_jax.checkpoints.pretrained import Pretrained
 from eqm_jax.data.codec import Codec
 from eqm_jax.equilibrium import field as field_lib
-from eqm_jax.equilibrium import sampler, streaming
+from eqm_jax.equilibrium import meshes, sampler, streaming
 from eqm_jax.evaluation import evaluator
 from eqm_jax.networks import flops
 from eqm_jax.networks.dit import DiT
@@ -148,7 +148,8 @@ def forward(w: Workspace) -> list[Row]:
     return w.model.apply({"params": params}, x, label, *gamma)
 
   x, label = w.noise_and_labels()
-  program = measure.compile_program(apply, w.params, x, label)
+  with meshes.known_devices(x, w.params):  # as in a descent
+    program = measure.compile_program(apply, w.params, x, label)
   timing, _ = measure.timed(program.call, w.params, x, label, turns=w.turns)
   about = f"the network on {_batch(w)}"
   return [Row("forward", about, "pass", timing, program, **_work(w, len(x), flops.forward(w.model)))]
@@ -187,7 +188,8 @@ def _evaluation(w: Workspace, name: str, about: str, guidance: float = 1.0) -> R
     return sampler.descend(field, x, step_size=STEP_SIZE, max_nfe=nfe).x
 
   x, label = w.noise_and_labels()
-  program = measure.compile_program(descent, w.params, x, label)
+  with meshes.known_devices(x, w.params):
+    program = measure.compile_program(descent, w.params, x, label)
   timing, _ = measure.timed(program.call, w.params, x, label, turns=w.turns)
   about = f"{about}, NFE {nfe}, time of one evaluation"
   work = _work(w, len(x), flops.evaluation(w.model, guided=guidance != 1))

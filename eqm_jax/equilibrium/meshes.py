@@ -13,6 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eqm_jax.equilibrium.pytrees import is_traced
 
+KERNEL_PLATFORMS = ("tpu",)  # where networks have kernels that the compiler cannot split over devices
+
 
 def call(function: Callable, arguments: tuple, *, like: jax.Array, out_specs: Any) -> Any:
   """`function(*arguments)` with arguments on the devices of one array, and its mesh axes of type Auto.
@@ -27,9 +29,31 @@ def call(function: Callable, arguments: tuple, *, like: jax.Array, out_specs: An
   mesh = jax.typeof(like).sharding.mesh
   explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
   if not explicit:
-    return function(*arguments)
+    with known_devices(like, arguments):
+      return function(*arguments)
   with jax.sharding.use_abstract_mesh(mesh):
     return jax.sharding.auto_axes(function, axes=explicit, out_sharding=out_specs)(*arguments)
+
+
+def known_devices(like: Any, tree: Any) -> contextlib.AbstractContextManager:
+  """The context of the mesh on which the array `like` lies, if a tree's arrays lie on its devices, too.
+
+  In it a network knows the devices that it is traced for, and how samples are split over them. That is for the kernels
+  of TPUs, which the compiler cannot split. Another context stays; traced arrays have none.
+  """
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+  if not isinstance(like, jax.Array) or is_traced(like, leaves) or not jax.sharding.get_abstract_mesh().empty:
+    return contextlib.nullcontext()
+  sharding = like.sharding
+  devices = sharding.device_set
+  elsewhere = any(leaf.committed and leaf.sharding.device_set != devices for leaf in leaves)
+  if elsewhere or {device.platform for device in devices} - {*KERNEL_PLATFORMS}:
+    return contextlib.nullcontext()
+  if isinstance(sharding, NamedSharding):
+    return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
+  if len(devices) > 1:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(Mesh([*devices], ("data",), axis_types=(AxisType.Auto,)).abstract_mesh)
 
 
 def follow(like: jax.Array, tree: Any) -> Any:

@@ -118,8 +118,10 @@ def descend_stream(
   samples = (labels, index, threshold)
   options = dict(slots=slots // num_devices, shape=tuple(shape))
   if mesh is None:
-    draw = functools.partial(_draw, as_pytree(field), samples, policy, mesh=None, **options)
-    return reports.reporting(progress, N, draw)
+    field = as_pytree(field)
+    draw = functools.partial(_draw, field, samples, policy, mesh=None, **options)
+    with meshes.known_devices(next(iter(jax.tree.leaves(field)), None), (field, samples, policy)):
+      return reports.reporting(progress, N, draw)
   mesh = meshes.with_auto_axes(mesh)
   with meshes.auto_context(mesh):
     field = jax.device_put(as_pytree(field), NamedSharding(mesh, PartitionSpec()))

@@ -1,8 +1,12 @@
 """Softmax attention in the form that suits the device: a fused kernel on TPUs, cuDNN's on GPUs, else XLA's.
 
-On a mesh each device runs the kernel (`attention_kernel`) on its own samples and heads, in a `shard_map`. In training
-the kernel has a backward pass of its own and no forward-mode derivative; otherwise its derivatives, of every kind and
-order, are those of XLA's form.
+On a mesh each device runs the kernel (`attention_kernel`, or cuDNN's) on its own samples and heads, in a `shard_map`.
+In training a kernel has a backward pass of its own and no forward-mode derivative; otherwise its derivatives, of every
+kind and order, are those of XLA's form.
+
+The kernel for TPUs needs to know how the arrays are split while the program is traced. Training knows; samplers and
+fields do where x is an array (`equilibrium.meshes`). Within a `jax.jit` of your own, on a machine of several TPU chips,
+say so with `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)` around the call; otherwise XLA's form is used.
 """
 
 import functools
@@ -17,9 +21,12 @@ from jax.sharding import AxisType, PartitionSpec
 
 FORMS = ("auto", "xla", "pallas", "pallas_interpret", "cudnn")
 KERNELS = ("pallas", "pallas_interpret")
+DEVICES = {"pallas": "tpu", "cudnn": "gpu"}  # platforms that a form runs on; the others run anywhere
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # name of JAX's operation for cuDNN's forward pass
 OPERAND, RESULT = "attention_operand", "attention_result"  # around the kernel: names for rematerialisation
-# Mesh axes that activations are sharded over: along samples, and within a layer.
-SAMPLES, WITHIN_LAYER = ("data", "fsdp"), "tensor"
+# Mesh axes that activations are sharded over: along samples, the first one over slices, and within a layer.
+SLICES, WITHIN_LAYER = "dcn_data", "tensor"
+SAMPLES = (SLICES, "data", "fsdp")
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +39,7 @@ def attend(
   Args:
     qkv: the output of the qkv product: [B, T, 3·H·K], or [B, T, 3, H, K] where a mesh splits the heads.
     num_heads: H.
-    form: one of FORMS. The kernel's fall back to "xla" for shapes that it does not take.
+    form: one of FORMS. Those of kernels fall back to "xla" for shapes that these do not take.
     training: allows a backward pass that has no forward-mode derivative.
     prepare: applied to `qkv` first, such as `query_key.prepare`. The backward pass computes it again.
 
@@ -49,34 +56,35 @@ def attend(
     qkv = jax.checkpoint(prepare, prevent_cse=False)(qkv)
   if form in KERNELS:
     return checkpoint_name((_fused if training else _differentiable)(form, num_heads, qkv), RESULT)
-  return (_of_jax if training or form == "xla" else _differentiable)(form, num_heads, qkv)
+  return (_values if training or form == "xla" else _differentiable)(form, num_heads, qkv)
 
 
 def check(form: str):
   """Refuses a kernel where it does not run.
 
   Raises:
-    ValueError: for "pallas" where the program being traced is not for a TPU.
+    ValueError: for "pallas" where the program being traced is not for a TPU, and "cudnn" where it is not for a GPU.
   """
-  if form == "pallas" and platform() != "tpu":
+  if platform() != DEVICES.get(form, platform()):
+    interpreted = ", or 'pallas_interpret' to run the kernel step by step on any device" if form == "pallas" else ""
     raise ValueError(
-      f"model.attention = 'pallas' is a kernel for TPUs, but this program is for a {platform()}: set "
-      "model.attention = 'auto', or 'pallas_interpret' to run the kernel step by step on any device"
+      f"model.attention = {form!r} is a kernel for {DEVICES[form].upper()}s, but this program is for a {platform()}: "
+      f"set model.attention = 'auto'{interpreted}"
     )
 
 
 def resolve(qkv, form: str) -> str:
   """The form that is used, where this is traced, for the shape [B, T, 3, H, K] and type of `qkv`."""
-  half = qkv.dtype == jnp.bfloat16
-  if form in KERNELS or (form == "auto" and half and platform() == "tpu"):
-    reason = _unfit(qkv, form)
-    if reason:
-      _log_once(f"attention: the kernel does not take {reason}; XLA's form is used")
-      return "xla"
-    return form if form in KERNELS else "pallas"
-  if form == "auto":
-    return "cudnn" if half and platform() == "gpu" and _cudnn_takes(qkv) else "xla"
-  return form
+  automatic = form == "auto"
+  if automatic:
+    kernels = {device: kernel for kernel, device in DEVICES.items()} if qkv.dtype == jnp.bfloat16 else {}
+    form = kernels.get(platform(), "xla")
+  if form == "xla":
+    return form
+  reason = _unfit_cudnn(qkv) if form == "cudnn" else _unfit(qkv, form, automatic)
+  if reason:
+    _log_once(f"attention: {'cuDNN' if form == 'cudnn' else 'the kernel'} does not take {reason}; XLA's form is used")
+  return "xla" if reason else form
 
 
 def platform() -> str:
@@ -85,19 +93,25 @@ def platform() -> str:
   return device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
 
 
-def _unfit(qkv, form: str) -> str:
-  """What the kernel does not take about an array; "" if it takes it."""
-  from eqm_jax.networks import attention_kernel
-
-  B, T, _, H, K = qkv.shape
-  mesh, sizes = jax.sharding.get_abstract_mesh(), _split_axes()
-  if form == "auto" and mesh.empty and jax.device_count() > 1:
-    return "arrays on devices that are not known while it is traced (in the context of a mesh they are)"
+def _unfit_mesh(qkv) -> str:
+  """What each device cannot take its part of; "" if it can."""
+  (B, _, _, H, _), mesh, sizes = qkv.shape, jax.sharding.get_abstract_mesh(), _split_axes()
   if AxisType.Explicit in mesh.axis_types or set(sizes) - {*SAMPLES, WITHIN_LAYER}:
     return f"a mesh of axes {mesh.axis_names} with types {mesh.axis_types}"
   samples, heads = math.prod(sizes.get(axis, 1) for axis in SAMPLES), sizes.get(WITHIN_LAYER, 1)
-  if B % samples or H % heads:
-    return f"{B} samples of {H} heads on {samples} by {heads} devices"
+  return f"{B} samples of {H} heads on {samples} by {heads} devices" if B % samples or H % heads else ""
+
+
+def _unfit(qkv, form: str, automatic: bool) -> str:
+  """What the kernel for TPUs does not take about an array; "" if it takes it."""
+  from eqm_jax.networks import attention_kernel
+
+  _, T, _, H, K = qkv.shape
+  if automatic and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+    return "arrays on devices that are not known while it is traced (in the context of a mesh they are)"
+  if reason := _unfit_mesh(qkv):
+    return reason
+  heads = _split_axes().get(WITHIN_LAYER, 1)
   if qkv.dtype not in (jnp.bfloat16, jnp.float32) or attention_kernel.unfit(T, K):
     return f"{T} tokens with heads of width {K} in {qkv.dtype}"
   needed = attention_kernel.vector_memory(T, H // heads * K, qkv.dtype.itemsize)
@@ -109,6 +123,28 @@ def _unfit(qkv, form: str) -> str:
 @functools.cache
 def _log_once(message: str):
   log.info("%s", message)
+
+
+def _unfit_cudnn(qkv) -> str:
+  """What cuDNN's attention does not take about an array on these devices; "" if it takes it."""
+  _, T, _, H, K = qkv.shape
+  if reason := _unfit_mesh(qkv):
+    return reason
+  try:
+    jax.eval_shape(functools.partial(_of_jax, "cudnn", H), qkv)
+  except (RuntimeError, NotImplementedError, ValueError) as error:  # it is not there, or refuses the shape
+    return f"{T} tokens with heads of width {K} in {qkv.dtype} ({' '.join(str(error).split())})"
+  gpus = [device for device in jax.local_devices() if device.platform == "gpu"]
+  old = [device.device_kind for device in gpus if float(device.compute_capability) < 8]
+  return f"GPUs before Ampere, such as {old[0]}" if old else ""
+
+
+def _values(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
+  """Attention in one form, with the derivatives of that form."""
+  if form in KERNELS:
+    return _fused(form, num_heads, qkv)
+  of_jax = functools.partial(_of_jax, form)
+  return _on_each_device(of_jax, num_heads, qkv) if form == "cudnn" else of_jax(num_heads, qkv)
 
 
 def _of_jax(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
@@ -124,15 +160,6 @@ def _of_jax(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
 
 def _result_shape(qkv) -> tuple[int, ...]:
   return (*qkv.shape[:2], qkv.shape[2] // 3) if qkv.ndim == 3 else (*qkv.shape[:2], *qkv.shape[3:])
-
-
-def _cudnn_takes(qkv) -> bool:
-  """Whether cuDNN's attention runs here with this shape."""
-  try:
-    jax.eval_shape(functools.partial(_of_jax, "cudnn", qkv.shape[3]), qkv)
-    return all(float(device.compute_capability) >= 8 for device in jax.local_devices())
-  except (RuntimeError, NotImplementedError, ValueError, AttributeError):  # no cuDNN, or a shape or device it refuses
-    return False
 
 
 # ---------------------------------------------------------------- the kernel
@@ -196,7 +223,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _differentiable(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
   """A kernel's values with the derivatives of XLA's form."""
-  return (_fused if form in KERNELS else _of_jax)(form, num_heads, qkv)
+  return _values(form, num_heads, qkv)
 
 
 @_differentiable.defjvp

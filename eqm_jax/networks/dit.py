@@ -19,17 +19,24 @@ from jax.sharding import PartitionSpec
 
 from eqm_jax import checks
 from eqm_jax.networks import attention, cpu_blocks, query_key
-from eqm_jax.networks.attention import SAMPLES, WITHIN_LAYER
+from eqm_jax.networks.attention import SAMPLES, SLICES, WITHIN_LAYER
 from eqm_jax.trees import path_name
 
 # depth, width, num_heads of the published sizes; the patch size follows the slash in a name: "XL/2".
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
+def _kernel_policy(*names: str):
+  """A policy that keeps these values of the attention kernel, and the result and statistics of cuDNN's."""
+  named = jax.checkpoint_policies.save_only_these_names(*names)
+  return jax.checkpoint_policies.save_from_both_policies(
+    named, lambda primitive, *_, **__: primitive.name == attention.CUDNN_FORWARD
+  )
+
+
 def _with_kernel(policy):
   """A policy that keeps what goes into the attention kernel and what comes out, too."""
-  kept = jax.checkpoint_policies.save_only_these_names(attention.OPERAND, attention.RESULT)
-  return jax.checkpoint_policies.save_from_both_policies(policy, kept)
+  return jax.checkpoint_policies.save_from_both_policies(policy, _kernel_policy(attention.OPERAND, attention.RESULT))
 
 
 # Intermediate values of a block that are kept for the backward pass; the others are computed again.
@@ -37,7 +44,7 @@ REMAT_POLICIES = {
   "none": None,  # all are kept: no rematerialisation
   "dots": _with_kernel(jax.checkpoint_policies.checkpoint_dots),
   "dots_no_batch": _with_kernel(jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims),
-  "full": jax.checkpoint_policies.save_only_these_names(attention.RESULT),  # and nothing else
+  "full": _kernel_policy(attention.RESULT),  # and nothing else
 }
 BLOCKS = ("auto", "xla", "cpu")
 ENERGIES = ("none", "dot", "l2", "scalar")
@@ -112,7 +119,7 @@ class DiT(nn.Module):
     """Form of the blocks where this is traced: "xla" or "cpu"."""
     if self.block != "auto":
       return self.block
-    if self.attention in attention.KERNELS:
+    if self.attention not in ("auto", "xla"):  # the form for CPUs would not run the kernel that is asked for
       return "xla"
     # Only `Block` has sharding constraints for layers that are split over devices; in a shard_map none is split.
     mesh = jax.sharding.get_abstract_mesh()
@@ -455,13 +462,15 @@ def _all_modulations(layer, condition_BxD: jax.Array, dtype) -> jax.Array:
   """adaLN-Zero's vectors of all blocks, [L, B, 6·D].
 
   Their kernels are a third of the parameters, and their input is one vector a sample. So on a mesh each device computes
-  a part of the outputs for all samples: then the kernels' gradients need no sum over devices.
+  a part of the outputs for all samples of its slice: then the kernels' gradients need no sum over devices but those
+  of other slices.
   """
   kernel_LxDxN, bias_LxN = (layer[name].astype(dtype) for name in ("kernel", "bias"))
   out_LxBxN = jnp.einsum("BD,LDN->LBN", nn.silu(condition_BxD), kernel_LxDxN) + bias_LxN[:, None]
   sizes = jax.sharding.get_abstract_mesh().shape
-  if kernel_LxDxN.shape[-1] % math.prod(sizes.get(axis, 1) for axis in SAMPLES) == 0:
-    out_LxBxN = _constrain(out_LxBxN, None, None, SAMPLES)
+  within_slice = tuple(axis for axis in SAMPLES if axis != SLICES)
+  if kernel_LxDxN.shape[-1] % math.prod(sizes.get(axis, 1) for axis in within_slice) == 0:
+    out_LxBxN = _constrain(out_LxBxN, None, SLICES, within_slice)
   return _constrain(out_LxBxN, None, SAMPLES)
 
 

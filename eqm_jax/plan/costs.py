@@ -8,13 +8,17 @@ collectives alone (synchronous), as pairs `-start` and `-done` (asynchronous), a
 - a loop `windowed_dot_general` around a matrix product: a gather or reduction in pieces, passed from neighbour to
   neighbour while the piece at hand is multiplied. It is counted as the collective-permutes that it consists of.
 
+Between slices. A collective over several slices is counted as one within each slice and one between them, in which
+each chip has its part: an all-reduce of S bytes over D slices of N chips sends 2·S/N·(D−1)/D bytes out of a chip to
+other slices, over the network of the data center (DCN), and within the slice what an all-reduce over N chips does.
+
 HBM. Counted instruction by instruction: the arrays in HBM that it reads and writes, tiles and padding included, times
 the turns of the loops around it; of a slice or an update in place, the slice. Collectives are left out: their reads and
 writes move with the bytes on the links. An array that a fusion reads twice is counted once.
 
 Roofline (Williams, Waterman & Patterson 2009):
 
-    time ≥ max(FLOPs / peak, HBM bytes / bandwidth, asynchronous link bytes / link bandwidth)
+    time ≥ max(FLOPs / peak, HBM bytes / bandwidth, asynchronous link bytes / link bandwidth, DCN bytes / bandwidth)
            + synchronous link bytes / link bandwidth
 
 It is a bound and no prediction: every unit works at its stated rate all the time, and work that the program does not
@@ -32,7 +36,7 @@ import numpy as np
 
 from eqm_jax.hardware import Chip
 from eqm_jax.networks import flops as flops_lib
-from eqm_jax.networks.dit import DiT
+from eqm_jax.networks.dit import SLICES, DiT
 from eqm_jax.plan import hlo
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -58,16 +62,28 @@ class Collective:
   asynchronous: bool
   windowed: bool  # part of a matrix product in pieces
   op: str  # the operation in the model's code, as the compiler records it
+  slices: int = 1  # among which the N chips lie
 
   @property
   def bytes(self) -> float:
-    """Bytes that leave one chip in the whole program."""
+    """Bytes that leave one chip over its links in the whole program."""
     return self.times * sum(map(self.bytes_of, self.arrays))
 
+  @property
+  def dcn_bytes(self) -> float:
+    """Bytes that leave one chip to other slices in the whole program."""
+    whole = self.kind == "collective-permute"
+    part = 1 if whole else self.slices / self.chips
+    return self.times * part * self._share(self.slices) * sum(array.bytes for array in self.arrays)
+
   def bytes_of(self, array: hlo.Array) -> float:
-    """Bytes that leave one chip for one of the arrays, once."""
-    share = (self.chips - 1) / self.chips
-    return array.bytes * {"all-reduce": 2 * share, "collective-permute": min(1, self.chips - 1)}.get(self.kind, share)
+    """Bytes that leave one chip over its links for one of the arrays, once."""
+    return array.bytes * self._share(self.chips // self.slices)
+
+  def _share(self, number: int) -> float:
+    """The part of an array that leaves one of a number of chips, or slices, that hold it together."""
+    share = (number - 1) / number
+    return {"all-reduce": 2 * share, "collective-permute": min(1, number - 1)}.get(self.kind, share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +94,28 @@ class Roofline:
   memory: float  # HBM
   overlapped: float  # links, asynchronous collectives
   exposed: float  # links, synchronous collectives
+  dcn: float = 0.0  # between slices
 
   @property
   def seconds(self) -> float:
     """The bound."""
-    return max(self.arithmetic, self.memory, self.overlapped) + self.exposed
+    return max(self.arithmetic, self.memory, self.overlapped, self.dcn) + self.exposed
 
   @property
   def limit(self) -> str:
     """The unit that takes longest."""
     times = {"arithmetic": self.arithmetic, "HBM": self.memory, "links": self.overlapped + self.exposed}
+    times["DCN"] = self.dcn
     return max(times, key=times.get)
 
 
-def roofline(chip: Chip, flops: float, hbm_bytes: float, asynchronous: float, synchronous: float) -> Roofline:
-  """The bound of one execution, from its FLOPs (rematerialised ones included), HBM bytes, and link bytes by kind."""
-  links = chip.link_bandwidth
-  return Roofline(flops / chip.flops, hbm_bytes / chip.memory_bandwidth, asynchronous / links, synchronous / links)
+def roofline(
+  chip: Chip, flops: float, hbm_bytes: float, asynchronous: float, synchronous: float, *, dcn_bytes: float = 0.0
+) -> Roofline:
+  """The bound of one execution, from its FLOPs (rematerialised ones included) and its bytes by where they move."""
+  links, dcn = chip.link_bandwidth, dcn_bytes / chip.dcn_bandwidth if dcn_bytes else 0.0
+  times = flops / chip.flops, hbm_bytes / chip.memory_bandwidth, asynchronous / links, synchronous / links
+  return Roofline(*times, dcn)
 
 
 def critical_batch(chip: Chip, flops: float, fixed_hbm_bytes: float, fixed_link_bytes: float) -> float:
@@ -140,13 +161,15 @@ def find_collectives(
 
 
 def by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
-  """{kind: {"count", "bytes", "synchronous_bytes"}} of the kinds that occur."""
+  """{kind: {"count", "bytes", "synchronous_bytes"}} of the kinds that occur; with "dcn_bytes" between slices."""
   table = {}
   for kind in sorted({one.kind for one in collectives}, key=KINDS.index):
     own = [one for one in collectives if one.kind == kind]
     synchronous = sum(one.bytes for one in own if not one.asynchronous)
     count, total = sum(one.times for one in own), sum(one.bytes for one in own)
     table[kind] = {"count": count, "bytes": total, "synchronous_bytes": synchronous}
+    if dcn_bytes := sum(one.dcn_bytes for one in own):
+      table[kind]["dcn_bytes"] = dcn_bytes
   return table
 
 
@@ -202,7 +225,8 @@ def _collective(
     gathered = [[chips * size if i == along else size for i, size in enumerate(array.dims)] for array in arrays]
     arrays = [dataclasses.replace(array, dims=tuple(dims)) for array, dims in zip(arrays, gathered)]
   op = core.attribute(r'op_name="([^"]*)"') or ""
-  return Collective(kind, tuple(arrays), axes, chips, op=op, **execution)
+  slices = math.prod(mesh.get(axis, 1) for axis in (mesh if axes is None else axes) if axis == SLICES)
+  return Collective(kind, tuple(arrays), axes, chips, op=op, slices=slices, **execution)
 
 
 def _groups(text: str, devices: int) -> np.ndarray | None:

@@ -91,6 +91,8 @@ class Figures:
     row |= {"bound_seconds": self.bound.seconds, "limit": self.bound.limit}
     names = ("arithmetic", "hbm", "links_asynchronous", "links_synchronous")
     row["bound_parts"] = dict(zip(names, dataclasses.astuple(self.bound)))
+    if self.bound.dcn:
+      row["bound_parts"]["dcn"] = self.bound.dcn
     row |= {"images_per_second_per_chip": self.images_per_second, "critical_batch_per_chip": self.critical_batch}
     return row
 
@@ -143,7 +145,9 @@ def _read(program: Program, chip: Chip, seconds: float, compiled: jax.stages.Com
   if recomputed:
     warnings.append(f"XLA itself computes {recomputed} operations again to save memory: it is nearly full")
   figures = Figures(program, chip, seconds, memory, flops=flops, hbm_bytes=hbm_bytes, critical_batch=critical)
-  bound = costs.roofline(chip, flops + program.rematerialised_flops, hbm_bytes, asynchronous, synchronous)
+  dcn_bytes = sum(one.dcn_bytes for one in collectives) / program.iterations
+  traffic = hbm_bytes, asynchronous, synchronous
+  bound = costs.roofline(chip, flops + program.rematerialised_flops, *traffic, dcn_bytes=dcn_bytes)
   return dataclasses.replace(figures, collectives=costs.by_kind(collectives), bound=bound, warnings=tuple(warnings))
 
 

@@ -157,11 +157,11 @@ def _with_state(config: ml_collections.ConfigDict, figures: list[Figures]) -> li
 
 def _state_bytes(config: ml_collections.ConfigDict, topology: Topology) -> dict[int, int]:
   """{fsdp: bytes of the state on a chip} on the meshes data × fsdp that the sharding rules and the batch accept."""
-  shapes, tensor = programs.state_shapes(config, DiT(**config.model)), config.mesh.tensor
+  shapes, others = programs.state_shapes(config, DiT(**config.model)), config.mesh.tensor * config.mesh.dcn_data
   held = {}
-  for fsdp in range(1, len(topology.devices) // tensor + 1):
-    if (len(topology.devices) // tensor) % fsdp == 0:
-      mesh = sharding.make_mesh(-1, fsdp, tensor, devices=topology.devices)
+  for fsdp in range(1, len(topology.devices) // others + 1):
+    if (len(topology.devices) // others) % fsdp == 0:
+      mesh = sharding.make_mesh(**{**config.mesh, "data": -1, "fsdp": fsdp}, devices=topology.devices)
       try:
         sharding.batch_sharding(mesh, config.train.batch_size, config.train.grad_accum_steps)
         held[fsdp] = sharding.held(shapes, sharding.state_shardings(shapes, config.sharding, mesh))
@@ -238,9 +238,10 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
   }
   if "bound_seconds" not in row:
     return cells
-  names = ("ms at 40 % MFU", "arithmetic, ms", "HBM, ms", "links beside, ms", "links alone, ms", "bound, ms")
-  seconds = row["seconds_at_mfu"], *row["bound_parts"].values(), row["bound_seconds"]
-  cells |= {"TFLOP": f"{row['flops'] / 1e12:.2f}"} | {name: f"{1e3 * one:.1f}" for name, one in zip(names, seconds)}
+  names = ("ms at 40 % MFU", "arithmetic, ms", "HBM, ms", "links beside, ms", "links alone, ms", "DCN, ms")
+  seconds = dict(zip(names, (row["seconds_at_mfu"], *row["bound_parts"].values())))
+  seconds["bound, ms"] = row["bound_seconds"]
+  cells |= {"TFLOP": f"{row['flops'] / 1e12:.2f}"} | {name: f"{1e3 * one:.1f}" for name, one in seconds.items()}
   cells |= {"images/s of a chip": f"{row['images_per_second_per_chip']:.4g}"}
   return cells | {"compiled in s": f"{row['compile_seconds']:.0f}"}
 
@@ -256,7 +257,9 @@ def _details(row: dict[str, Any]) -> str:
   lines += [f"- XLA refuses it: {row['refused']}"] if row["refused"] else []
   for kind, sent in row.get("collectives", {}).items():
     total, synchronous = sent["bytes"] / 1e6, sent["synchronous_bytes"] / 1e6
-    lines += [f"- {kind}: {sent['count']:.0f}, {total:.2f} MB out of a chip, {synchronous:.2f} MB of them synchronous"]
+    line = f"- {kind}: {sent['count']:.0f}, {total:.2f} MB out of a chip, {synchronous:.2f} MB of them synchronous"
+    between = f"; {sent['dcn_bytes'] / 1e6:.2f} MB to other slices" if "dcn_bytes" in sent else ""
+    lines.append(line + between)
   if "critical_batch_per_chip" in row:
     batch = row["critical_batch_per_chip"]
     lines.append(f"- critical batch: the arithmetic of {batch:.1f} images on a chip covers the traffic of any batch")

@@ -84,7 +84,7 @@ def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   encoder_params = _placed(autoencoder.parameter_shapes(encoder), sharding.replicated(mesh)) if encoder else None
   step = step_lib.make_step(config, model, optimizer, mesh, shardings, encoder=encoder)
 
-  images, tensor = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]), mesh.shape["tensor"]
+  images, tensor = sharding.samples_on_device(mesh, batch_size), mesh.shape["tensor"]
   state_bytes = {
     "parameters": sharding.held(shapes.params, shardings.params),
     "average": sharding.held(shapes.ema_params, shardings.ema_params),
@@ -99,7 +99,7 @@ def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
     kind=TRAINING,
     about=f"{batch_size} images a step, {images} on a chip, remat {config.model.remat}",
     lower=functools.partial(step.lower, state, batch, encoder_params),
-    mesh=dict(mesh.shape),
+    mesh={axis: size for axis, size in mesh.shape.items() if axis != sharding.SLICES or size > 1},
     images=images,
     arguments=(state, batch, encoder_params),
     argument_bytes=state_bytes | rest,

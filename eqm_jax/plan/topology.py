@@ -1,4 +1,4 @@
-"""TPU slices by name, as devices to compile for on a machine without them."""
+"""TPU slices by name, as devices to compile for on a machine without them; several slices as `2xv5e-256`."""
 
 import dataclasses
 import math
@@ -32,10 +32,11 @@ OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 class Topology:
   """A TPU slice."""
 
-  name: str  # libtpu's, "v5e:4x4"
+  name: str  # libtpu's, "v5e:4x4"; of several slices "2xv5e:4x4"
   product: str  # "v5e-16", or `name` where no product has this shape
   devices: tuple[jax.Device, ...]  # one a chip
   chip: hardware.Chip
+  slices: int = 1
 
 
 def on_any_machine():
@@ -63,20 +64,21 @@ def open_topologies(names: str) -> list[Topology]:
   return [_opened(*one) for one in described]
 
 
-def _described(name: str) -> tuple[str, str]:
-  """(generation, shape) of a slice."""
-  match = re.fullmatch(r"(v\d+\w*?)(?::(\d+(?:x\d+)+)|-(\d+))", name)
-  generation = SYNONYMS.get(match[1], match[1]) if match else ""
-  shape = match and (match[2] or SLICES.get(generation, {}).get(int(match[3])))
+def _described(name: str) -> tuple[str, str, int]:
+  """(generation, shape) of a slice, and the number of slices."""
+  match = re.fullmatch(r"(?:([1-9]\d*)x)?(v\d+\w*?)(?::(\d+(?:x\d+)+)|-(\d+))", name)
+  generation = SYNONYMS.get(match[2], match[2]) if match else ""
+  shape = match and (match[3] or SLICES.get(generation, {}).get(int(match[4])))
   if generation not in SLICES or not shape:
     raise ValueError(f"--topology={name} is no known TPU slice: give one or more of {_known()}")
-  return generation, shape
+  return generation, shape, int(match[1] or 1)
 
 
-def _opened(requested: str, generation: str, shape: str) -> Topology:
-  name, chips = f"{generation}:{shape}", math.prod(map(int, shape.split("x")))
+def _opened(requested: str, generation: str, shape: str, slices: int) -> Topology:
+  name, chips = f"{generation}:{shape}", slices * math.prod(map(int, shape.split("x")))
+  options = OPTIONS.get(generation, {}) | ({"num_slices": slices} if slices > 1 else {})
   try:
-    devices = topologies.get_topology_desc(name, "tpu", **OPTIONS.get(generation, {})).devices
+    devices = topologies.get_topology_desc(name, "tpu", **options).devices
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).splitlines()[0]
     raise ValueError(
@@ -88,10 +90,18 @@ def _opened(requested: str, generation: str, shape: str) -> Topology:
       f"--topology={requested} gives {len(devices)} devices of {devices[0].device_kind!r}, expected {chips} of a kind "
       "that hardware.py lists: try another version of libtpu"
     )
+  if slices > 1 and chip.dcn_bandwidth is None:
+    stated = ", ".join(one.name for one in hardware.CHIPS.values() if one.dcn_bandwidth)
+    raise ValueError(
+      f"--topology={requested}: Google does not state how fast the network between slices of a {chip.name} is, only of "
+      f"{stated}: plan for one slice"
+    )
   products = {shape: f"{generation}-{number}" for number, shape in SLICES[generation].items()}
-  return Topology(name, products.get(shape, name), tuple(devices), chip)
+  times = f"{slices}x" if slices > 1 else ""
+  return Topology(times + name, times + products.get(shape, name), tuple(devices), chip, slices)
 
 
 def _known() -> str:
   largest = {name: list(slices.values())[-1] for name, slices in SLICES.items()}
-  return "; ".join(f"{name}-{{{','.join(map(str, SLICES[name]))}}}, {name}:{largest[name]} and such" for name in SLICES)
+  known = (f"{name}-{{{','.join(map(str, SLICES[name]))}}}, {name}:{largest[name]} and such" for name in SLICES)
+  return f"{'; '.join(known)}; 2xv5e-256 for two of them"

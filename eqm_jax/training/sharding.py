@@ -1,8 +1,9 @@
 """Where arrays live: one mesh, and a short ordered table from parameter paths to axes.
 
 Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor`
-splits the parameters within a layer. The network constrains its activations in the same way
-(networks.dit).
+splits the parameters within a layer. `dcn_data` splits the batch over slices of TPUs or nodes of GPUs, whose
+network is slow: all that crosses it is the sum of the gradients. The network constrains its activations in the same
+way (networks.dit).
 """
 
 import math
@@ -13,10 +14,11 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eqm_jax.checks import one_of
-from eqm_jax.networks.dit import SAMPLES, WITHIN_LAYER
+from eqm_jax.networks.dit import SAMPLES, SLICES, WITHIN_LAYER
 from eqm_jax.trees import path_name
 
 BATCH = SAMPLES
@@ -26,17 +28,20 @@ GATHER = ("layer", "step")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over all devices; one of the sizes may be −1, for the rest.
+def make_mesh(
+  data: int, fsdp: int, tensor: int, *, dcn_data: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh over all devices; one of the sizes but `dcn_data` may be −1, for the rest.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices, or `dcn_data` is not the number of their slices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [data, fsdp, tensor]
-  described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-  if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-    raise ValueError(f"mesh {described}: sizes must be positive, and at most one -1 for the rest")
+  sizes = [dcn_data, data, fsdp, tensor]
+  described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes) if axis != SLICES or size != 1)
+  if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1 or dcn_data == -1:
+    remedy = f"sizes must be positive, and at most one -1 for the rest, which {SLICES} cannot be"
+    raise ValueError(f"mesh {described}: {remedy}")
   if -1 in sizes:
     sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(size for size in sizes if size > 0))
   if math.prod(sizes) != len(devices):
@@ -45,11 +50,34 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
       f"mesh {described} needs {math.prod(sizes)} devices{multiple}, but there are {len(devices)}: set config.mesh"
     )
   # Auto axes: jax.make_mesh would default to Explicit ones, which linen does not support.
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  kinds = (AxisType.Auto,) * len(AXES)
+  slices = {getattr(device, "slice_index", None) for device in devices}
+  if dcn_data == 1 and len(slices) == 1:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+  if None in slices or devices[0].platform == "cpu":  # consecutive devices of consecutive processes play a slice
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(ordered).reshape(sizes), AXES, axis_types=kinds)
+  return Mesh(_over_slices(described, sizes, devices, len(slices)), AXES, axis_types=kinds)
+
+
+def _over_slices(described: str, sizes: Sequence[int], devices: Sequence[jax.Device], slices: int) -> np.ndarray:
+  """Devices in the order of a mesh whose first axis goes over their slices."""
+  if sizes[0] == 1 and devices[0].platform == "gpu":  # NCCL sees by itself which of them are neighbours
+    return mesh_utils.create_device_mesh(sizes, devices)
+  if slices != sizes[0]:
+    raise ValueError(
+      f"mesh {described}: the number of slices of TPUs, or nodes of GPUs, of the {len(devices)} devices is {slices}: "
+      f"set config.mesh.{SLICES} to {slices}"
+    )
+  try:
+    inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+  except (ValueError, AssertionError, NotImplementedError) as error:
+    raise ValueError(f"mesh {described}: it does not fit the slices of the devices ({error})") from error
 
 
 def batch_sharding(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> NamedSharding:
-  """The leading axis over `data` and `fsdp`.
+  """The leading axis over `dcn_data`, `data` and `fsdp`.
 
   Args:
     mesh: from `make_mesh`.
@@ -62,9 +90,10 @@ def batch_sharding(mesh: Mesh, batch_size: int, grad_accum_steps: int = 1) -> Na
   num_shards = math.prod(mesh.shape[axis] for axis in BATCH)
   multiple = num_shards * grad_accum_steps
   if batch_size % multiple:
+    axes = " × ".join(BATCH if mesh.shape[SLICES] > 1 else BATCH[1:])
     microbatches = f" in {grad_accum_steps} microbatches (train.grad_accum_steps)" if grad_accum_steps > 1 else ""
     raise ValueError(
-      f"batch size {batch_size} does not divide over {num_shards} devices (data × fsdp){microbatches}: "
+      f"batch size {batch_size} does not divide over {num_shards} devices ({axes}){microbatches}: "
       f"use a multiple of {multiple}"
     )
   return NamedSharding(mesh, PartitionSpec(BATCH))
@@ -89,6 +118,11 @@ def global_array(placed: NamedSharding, batch_size: int, rows: np.ndarray, array
     return array[begin : begin + last - first]
 
   return jax.make_array_from_callback((batch_size, *array.shape[1:]), placed, shard)
+
+
+def samples_on_device(mesh: Mesh, batch_size: int) -> int:
+  """Samples of a batch on one device; the devices along `tensor` share them."""
+  return batch_size // math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -194,14 +228,14 @@ def _spec(path: tuple, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Part
 
 
 def _also_over_data(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-  """`spec` with `data` added to the longest axis that it divides further, if one is."""
-  axes = [*spec, *(None,) * (len(shape) - len(spec))]
+  """`spec` with `dcn_data` and `data` added to the longest axis that they divide further, if one is."""
+  axes, added = [*spec, *(None,) * (len(shape) - len(spec))], (SLICES, "data")
   shards = NamedSharding(mesh, spec).shard_shape(shape)
-  dividing = [i for i, size in enumerate(shards) if size % mesh.shape["data"] == 0]
+  dividing = [i for i, size in enumerate(shards) if size % math.prod(mesh.shape[axis] for axis in added) == 0]
   if not dividing:
     return spec
   longest = max(dividing, key=lambda i: shards[i])
-  axes[longest] = ("data",) if axes[longest] is None else (axes[longest], "data")
+  axes[longest] = added if axes[longest] is None else (axes[longest], *added)
   return PartitionSpec(*axes)
 
 
@@ -210,7 +244,7 @@ def _check_rule(pattern: str, axes: Sequence[str | None], name: str, shape: tupl
   if axes and len(axes) != len(shape):
     raise ValueError(f"{rule} has {len(axes)} axes, but {name} has shape {shape}")
   for axis, size in zip(axes, shape):
-    if axis is not None and axis not in AXES:
-      raise ValueError(f"{rule} names the axis {axis!r}: the mesh has {', '.join(AXES)}")
+    if axis is not None and axis not in AXES[1:]:
+      raise ValueError(f"{rule} names the axis {axis!r}: parameters can be split over {', '.join(AXES[1:])}")
     if axis is not None and size % mesh.shape[axis]:
       raise ValueError(f"{rule}: {axis}={mesh.shape[axis]} does not divide an axis of {name}, shape {shape}")

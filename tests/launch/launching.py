@@ -52,6 +52,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
 os.write(2, f"process {name} is here\\n".encode())
 record = {"arguments": sys.argv[1:], "xla_flags": os.environ.get("XLA_FLAGS"), "directory": os.getcwd()}
 record["compiled"] = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+record["memory"] = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
 (records / f"{name}.partial").write_text(json.dumps(record))
 (records / f"{name}.partial").rename(records / f"{name}.json")
 if act == "fail":

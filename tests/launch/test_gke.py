@@ -15,16 +15,16 @@ def recorder(tmp_path):
   return recording_python(tmp_path)
 
 
-def gke(tmp_path, *words: str) -> tuple[list[str], dict]:
+def gke(tmp_path, *words: str, flags: list[str] = FLAGS) -> tuple[list[str], dict]:
   """What kubectl is called with, and the manifest that it reads."""
   text = "import json, sys\njson.dump([sys.argv[1:], sys.stdin.read()], open(sys.argv[0] + '.call', 'w'))"
   kubectl = program(tmp_path / "bin" / "kubectl", text)
   env = environment(kubectl.parent)
-  finished = call("bash", LAUNCH / "gke.sh", *GKE[:-1], *words, "--", *FLAGS, env=env)
+  finished = call("bash", LAUNCH / "gke.sh", *GKE[:-1], *words, "--", *flags, env=env)
   assert finished.returncode == 0, finished.stderr
   called = (tmp_path / "bin" / "kubectl.call").read_text()
   (tmp_path / "bin" / "kubectl.call").unlink()
-  printed = call("bash", LAUNCH / "gke.sh", "--dry-run", *GKE[:-1], *words, "--", *FLAGS, env=env)
+  printed = call("bash", LAUNCH / "gke.sh", "--dry-run", *GKE[:-1], *words, "--", *flags, env=env)
   assert not (tmp_path / "bin" / "kubectl.call").exists()
   assert call("bash", "-e", "-c", printed.stdout, env=env).returncode == 0
   assert (tmp_path / "bin" / "kubectl.call").read_text() == called, "the dry run prints something else"
@@ -33,21 +33,21 @@ def gke(tmp_path, *words: str) -> tuple[list[str], dict]:
 
 
 @pytest.mark.parametrize(
-  "words, topology, chips, hosts",
+  "words, topology, chips, hosts, slices",
   [
-    ([], "4x4", 4, 4),
-    (["--topology=16x16"], "16x16", 4, 64),
-    (["--topology=2x4", "--chips=8"], "2x4", 8, 1),
-    (["--accelerator=tpu-v5p-slice", "--topology=4x4x8"], "4x4x8", 4, 32),
+    ([], "4x4", 4, 4, 1),
+    (["--topology=16x16", "--slices=2"], "16x16", 4, 64, 2),
+    (["--topology=2x4", "--chips=8"], "2x4", 8, 1, 1),
+    (["--accelerator=tpu-v5p-slice", "--topology=4x4x8"], "4x4x8", 4, 32, 1),
   ],
 )
-def test_a_jobset_has_a_pod_for_every_host(tmp_path, words, topology, chips, hosts):
-  _, manifest = gke(tmp_path, *words)
+def test_a_jobset_has_a_pod_for_every_host(tmp_path, words, topology, chips, hosts, slices):
+  _, manifest = gke(tmp_path, *words, flags=[*FLAGS, f"--config.mesh.dcn_data={slices}"])
   (replicated,) = manifest["spec"]["replicatedJobs"]
   job = replicated["template"]["spec"]
   pod = job["template"]["spec"]
   (container,) = pod["containers"]
-  assert job["completions"] == job["parallelism"] == hosts and replicated["replicas"] == 1
+  assert job["completions"] == job["parallelism"] == hosts and replicated["replicas"] == slices
   assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
   assert container["resources"]["limits"] == {"google.com/tpu": chips}
 

@@ -81,7 +81,7 @@ def test_signals_reach_all_local_processes(tmp_path, recorder, number, processes
 TINY = [
   "--config=configs/digits.py:smoke", "--config.model.width=16", "--config.model.depth=1", "--config.model.num_heads=2",
   "--config.train.steps=4", "--config.train.batch_size=8", "--config.optimizer.warmup_steps=1",
-  "--config.evaluation.num_samples=None", "--config.mesh.data=-1",
+  "--config.evaluation.num_samples=None", "--config.mesh.dcn_data=2",  # each half of the devices plays a slice
 ]  # fmt: skip
 
 

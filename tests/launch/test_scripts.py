@@ -24,6 +24,17 @@ def test_shellcheck_finds_nothing():
   assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+def test_the_flags_for_gpus_are_flags_that_xla_knows(tmp_path):
+  """XLA ends a process that has others."""
+  env = environment(tmp_path, HOME=tmp_path, XLA_FLAGS="", JAX_PLATFORMS="cpu", PYTHON=sys.executable)
+  env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+  show = "import jax, os; print(len(jax.devices()), *map(os.getenv, ('XLA_PYTHON_CLIENT_MEM_FRACTION', 'XLA_FLAGS')))"
+  finished = call("bash", "-c", f'source launch/gpu_env.sh && "$PYTHON" -c "{show}"', env=env, cwd=ROOT)
+  assert finished.returncode == 0, finished.stderr
+  count, memory, *flags = finished.stdout.split()
+  assert (count, memory) == ("1", "0.9") and all(flag.startswith("--xla_gpu_") for flag in flags)
+
+
 TPU = ["--name=a", "--zone=z", "--type=v6e-8", "--"]
 
 
@@ -54,6 +65,8 @@ TPU = ["--name=a", "--zone=z", "--type=v6e-8", "--"]
     (["gke.sh", "--name=a", "--image=i", "--", *FLAGS], "--bucket"),
     (["gke.sh", "--topology=4", *GKE, *FLAGS], "not '4'"),
     (["gke.sh", "--topology=4x4", "--chips=3", *GKE, *FLAGS], "do not divide by --chips=3"),
+    (["gke.sh", "--slices=two", *GKE, *FLAGS], "--slices is a number, not 'two'"),
+    (["gke.sh", "--slices=2", *GKE, *FLAGS], "--slices=2 needs --config.mesh.dcn_data=2"),
     (["gke.sh", "--spott", *GKE, *FLAGS], "unknown option '--spott'"),
     (["gke.sh", *GKE, "--config=c"], "--workdir=... of eqm_jax.main is missing"),
     (["slurm.sbatch", "--config=c"], "no --workdir"),

@@ -36,6 +36,7 @@ def slurm(tmp_path, recorder, *words: str, act="end", tell="", state="RUNNING") 
   env |= {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "6"}
   env["HOME"] = str(tmp_path)
   env.pop("JAX_COMPILATION_CACHE_DIR", None)
+  env |= {"XLA_FLAGS": "--xla_dump_to=/x", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
   copied = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")  # as SLURM does
   finished = call("bash", copied, *words, *FLAGS, env=env, cwd=tmp_path)
   if "--dry-run" in words:
@@ -62,7 +63,8 @@ def test_a_slurm_job_goes_on_unless_it_ended_failed_or_was_cancelled(
   assert (asked.read_text() if asked.exists() else "") == ("requeue 77" if requeued else "")
   record = records(tmp_path)["0"]
   assert record["arguments"] == ["-m", "eqm_jax.main", *FLAGS] and record["directory"] == str(ROOT)
-  assert record["compiled"] == f"{tmp_path}/.cache/eqm_jax"
+  assert record["compiled"] == f"{tmp_path}/.cache/eqm_jax" and record["memory"] == "0.5"
+  assert "latency_hiding_scheduler=true" in record["xla_flags"] and record["xla_flags"].endswith(" --xla_dump_to=/x")
   step = json.loads((tmp_path / "records" / "srun").read_text())
   assert {"--cpus-per-task=6", "--kill-on-bad-exit=0", "--gpu-bind=none"} < set(step)
 

@@ -105,7 +105,7 @@ def test_the_backend_chooses_and_split_layers_keep_their_form(monkeypatch):
   assert model.block_form == "xla"
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
   assert model.block_form == "cpu"
-  mesh = AbstractMesh((1, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  mesh = AbstractMesh((1, 1, 1, 2), ("dcn_data", "data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 4)
   with jax.sharding.use_abstract_mesh(mesh):
     assert model.block_form == "xla" and model.clone(block="cpu").block_form == "cpu"
 

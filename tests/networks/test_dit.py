@@ -262,9 +262,9 @@ def test_in_a_mesh_activations_are_spread_over_samples_heads_and_hidden_units():
     return model.apply(params, *arguments)
 
   assert constraints(jax.make_jaxpr(program)(*arguments).jaxpr) == set()
-  samples = ("data", "fsdp")
-  mesh = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  samples = ("dcn_data", "data", "fsdp")
+  mesh = AbstractMesh((2, 2, 2, 2), (*samples, "tensor"), axis_types=(AxisType.Auto,) * 4)
   with jax.sharding.use_abstract_mesh(mesh):
     found = constraints(jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr)
-  modulations = {(None, None, samples), (None, samples)}  # by their outputs, then by samples
+  modulations = {(None, "dcn_data", ("data", "fsdp")), (None, samples)}  # by their outputs, then by samples
   assert found == {(samples,), (samples, None, None, "tensor"), (samples, None, "tensor")} | modulations

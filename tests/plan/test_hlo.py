@@ -1,5 +1,6 @@
 """Programs as text: sizes in memory, trip counts of loops, bytes on the links and in HBM, against counts by hand."""
 
+import dataclasses
 import functools
 import math
 
@@ -154,6 +155,23 @@ def test_bytes_on_the_links_are_those_of_the_rings():
   table = costs.by_kind(list(found.values()))
   assert table["all-reduce"] == {"count": 5, "bytes": 5 * X, "synchronous_bytes": 5 * X}
   assert table["all-gather"]["synchronous_bytes"] == 0
+
+
+def test_a_collective_over_slices_is_one_within_each_and_one_between_them():
+  found = {one.kind: one for one in costs.find_collectives(by_hand(), {"dcn_data": 2, "data": 2, "fsdp": 2})}
+  reduced = found["all-reduce"]  # pairs of chips, one of each slice
+  assert (reduced.axes, reduced.chips, reduced.slices) == (("dcn_data",), 2, 2)
+  assert (reduced.bytes, reduced.dcn_bytes) == (0, 5 * 2 * X / 2)
+  everywhere = dataclasses.replace(reduced, axes=("dcn_data", "data", "fsdp"), chips=8)
+  assert (everywhere.bytes, everywhere.dcn_bytes) == (5 * 2 * X * 3 / 4, 5 * 2 * X / 4 / 2)
+  gathered = dataclasses.replace(everywhere, kind="all-gather")
+  assert (gathered.bytes, gathered.dcn_bytes) == (everywhere.bytes / 2, everywhere.dcn_bytes / 2)
+  moved = dataclasses.replace(reduced, kind="collective-permute")
+  assert (moved.bytes, moved.dcn_bytes) == (0, 5 * X)
+  assert costs.by_kind([reduced])["all-reduce"] == {
+    "count": 5, "bytes": 0, "synchronous_bytes": 0, "dcn_bytes": 5 * X,
+  }  # fmt: skip
+  assert found["all-gather"].dcn_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Bounds against numbers by hand, and FLOPs against the compiler's count."""
 
+import dataclasses
 import functools
 
 import jax
@@ -30,6 +31,13 @@ def test_the_slowest_unit_bounds_and_synchronous_links_come_on_top(
 ):
   bound = costs.roofline(CHIP, flops, hbm, asynchronous, synchronous)
   assert (bound.seconds, bound.limit) == (seconds, limit)
+
+
+def test_the_network_between_slices_is_a_unit_of_its_own():
+  chip = dataclasses.replace(CHIP, dcn_bandwidth=0.5)
+  bound = costs.roofline(chip, 1000, 100, 10, 20, dcn_bytes=6)
+  assert (bound.dcn, bound.seconds, bound.limit) == (12, 12 + 4, "DCN")
+  assert costs.roofline(CHIP, 1000, 100, 10, 20).dcn == 0
 
 
 def test_the_critical_batch_computes_as_long_as_it_moves():

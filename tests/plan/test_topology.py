@@ -23,6 +23,7 @@ from eqm_jax.training import sharding
     (("v6e-16",), "v6e:4x4", 16, "TPU v6e"),
     (("v5p-16", "v5p:2x2x2"), "v5p:2x2x2", 8, "TPU v5p"),
     (("v4-32", "v4:2x2x4"), "v4:2x2x4", 16, "TPU v4"),
+    (("2xv5e:4x4", "2xv5e-16", "2xv5litepod-16"), "2xv5e:4x4", 32, "TPU v5e"),
   ],
 )
 def test_a_device_is_a_chip_whatever_the_slice_is_called(names, shape, chips, kind):
@@ -32,10 +33,26 @@ def test_a_device_is_a_chip_whatever_the_slice_is_called(names, shape, chips, ki
     assert opened.product == names[-1].replace("v5litepod", "v5e") or opened.product in names
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e-17", "v5e:4by4", "v3-8", "h100-8", "v4:", "v5e:3x4", "v5e:4x4,v9-4"])
+@pytest.mark.parametrize(
+  "name", ["v5e", "v5e-17", "0xv5e-16", "v5e:4by4", "v3-8", "h100-8", "v4:", "v5e:3x4", "v5e:4x4,v9-4"]
+)
 def test_an_unknown_slice_is_refused_with_the_known_ones(name):
   with pytest.raises(ValueError, match=r"--topology=\S+ .*v5e-\{1,4,8,16.*v5p-\{"):
     open_slice(name)
+
+
+def test_slices_without_a_stated_network_are_refused():
+  with pytest.raises(ValueError, match="--topology=2xv4-32: .* does not state .* of TPU v5e, TPU v6e: plan for one"):
+    open_slice("2xv4-32")
+
+
+def test_the_first_axis_of_a_mesh_is_that_of_slices():
+  config, topology = load_config("imagenet256", "S/2"), open_slice("2xv5e-16")
+  mesh = sharding.make_mesh(**{**config.mesh, "dcn_data": 2}, devices=topology.devices)
+  assert [{device.slice_index for device in half.flat} for half in mesh.devices] == [{0}, {1}] and topology.slices == 2
+  for slices in (1, 4):
+    with pytest.raises(ValueError, match="of the 32 devices is 2: set config.mesh.dcn_data to 2"):
+      sharding.make_mesh(**{**config.mesh, "dcn_data": slices}, devices=topology.devices)
 
 
 def test_no_slice_is_refused_too():

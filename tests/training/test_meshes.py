@@ -71,13 +71,15 @@ np.savez(f"{workdir}/samples_{jax.device_count()}.npz", **x)
 """
 
 PLAIN = {"objective.dispersive_weight": 0.0}
-TENSOR = "data × fsdp × tensor"
+SLICES, TENSOR = "slices × fsdp × tensor", "data × fsdp × tensor"
 MESHES = {  # changes of the config, and the share of the parameters that a device has at most
+  SLICES: ({"mesh.dcn_data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, 0.5),
   TENSOR: ({"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, 0.5),
   "data": ({"mesh.data": 8}, 1.0),
   "data, average split": ({"mesh.data": 8, "sharding.ema": "devices"}, 1.0),
   "fsdp": ({"mesh.data": 1, "mesh.fsdp": -1}, 0.2),
   "data × fsdp": ({"mesh.data": 2, "mesh.fsdp": 4}, 0.4),
+  "slices × data × fsdp": ({"mesh.dcn_data": 2, "mesh.data": 2, "mesh.fsdp": 2, "sharding.ema": "devices"}, 0.6),
   "data × fsdp, remat": ({"mesh.data": 2, "mesh.fsdp": 4, "model.remat": "full", "model.unroll": 1}, 0.4),
   "data × fsdp, gathered once": (
     {"mesh.data": 2, "mesh.fsdp": 4, "sharding.gather": "step", "model.attention": "pallas_interpret"},
@@ -93,10 +95,10 @@ def run(directory, devices: int, runs: dict[str, dict], sampled: str = ""):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """One device, and eight on the mesh that has all axes."""
+  """One device, and eight that play two slices."""
   directory = tmp_path_factory.mktemp("meshes")
   run(directory, 1, {"one": {}})
-  run(directory, 8, {TENSOR: MESHES[TENSOR][0]})
+  run(directory, 8, {SLICES: MESHES[SLICES][0]})
   return directory
 
 
@@ -106,7 +108,7 @@ def all_meshes(workdir):
   run(workdir, 1, single, "one")
   sharded = {"microbatches, sharded": {"train.grad_accum_steps": 4, **PLAIN, **MESHES[TENSOR][0]}}
   sharded["modern, sharded"] = {**MODERN, **MESHES[TENSOR][0], "sharding.gather": "step"}
-  run(workdir, 8, {name: changes for name, (changes, _) in MESHES.items() if name != TENSOR} | sharded, "one")
+  run(workdir, 8, {name: changes for name, (changes, _) in MESHES.items() if name != SLICES} | sharded, "one")
   return workdir
 
 
@@ -129,11 +131,11 @@ def check(workdir, name: str):
 
 
 def test_eight_devices_do_what_one_does(workdir):
-  check(workdir, TENSOR)
+  check(workdir, SLICES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in MESHES if name != TENSOR])
+@pytest.mark.parametrize("name", [name for name in MESHES if name != SLICES])
 def test_every_mesh_does_what_one_device_does(all_meshes, name):
   check(all_meshes, name)
 

@@ -78,7 +78,7 @@ def check_against_one_process(workdir, tmp_path, saved: int, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_are_preempted_and_one_goes_on_on_another_mesh(tmp_path, monkeypatch):
-  saved = preempted(tmp_path / "two", 2, data=2, fsdp=2)
+  saved = preempted(tmp_path / "two", 2, dcn_data=2, data=1, fsdp=2)  # each process plays a slice
   check_against_one_process(tmp_path / "two", tmp_path, saved, monkeypatch)
 
 
@@ -174,7 +174,7 @@ class Numbered(Source):
 
 with distributed.initialized(*connection()):
   sizes, order = json.loads(sys.argv[2])
-  mesh = sharding.make_mesh(*sizes)
+  mesh = sharding.make_mesh(*sizes[:3], dcn_data=sizes[3])
   if order:  # of devices, which depends on the machine
     lie = np.asarray(jax.devices())[np.asarray(order)].reshape(mesh.devices.shape)
     mesh = jax.sharding.Mesh(lie, mesh.axis_names, axis_types=mesh.axis_types)
@@ -217,11 +217,14 @@ def check_epochs(seen: list[list[int]], copies: int = 1):
 @pytest.mark.parametrize(
   "count, local, mesh, copies",
   [
-    pytest.param(2, 2, ((-1, 1, 1), [0, 2, 1, 3]), 1, id="two, interleaved"),
-    pytest.param(2, 1, ((1, 1, 2), []), 2, id="two, tensor across them", marks=pytest.mark.slow),
-    pytest.param(2, 1, ((-1, 1, 1), []), 1, id="two", marks=pytest.mark.slow),
-    pytest.param(4, 1, ((2, 2, 1), [3, 0, 2, 1]), 1, id="four, in disorder", marks=pytest.mark.slow),
-    pytest.param(4, 2, ((2, 1, 4), [0, 4, 1, 5, 2, 6, 3, 7]), 2, id="four, tensor across them", marks=pytest.mark.slow),
+    pytest.param(2, 2, ((-1, 1, 1, 2), [0, 2, 1, 3]), 1, id="two, interleaved"),
+    pytest.param(2, 1, ((1, 1, 2, 1), []), 2, id="two, tensor across them", marks=pytest.mark.slow),
+    pytest.param(2, 1, ((-1, 1, 1, 1), []), 1, id="two", marks=pytest.mark.slow),
+    pytest.param(4, 1, ((-1, 2, 1, 2), []), 1, id="four, two a slice", marks=pytest.mark.slow),
+    pytest.param(4, 1, ((2, 2, 1, 1), [3, 0, 2, 1]), 1, id="four, in disorder", marks=pytest.mark.slow),
+    pytest.param(
+      4, 2, ((2, 1, 4, 1), [0, 4, 1, 5, 2, 6, 3, 7]), 2, id="four, tensor across them", marks=pytest.mark.slow
+    ),
   ],
 )
 def test_processes_share_the_data(tmp_path, count, local, mesh, copies):
@@ -237,7 +240,7 @@ def test_processes_find_each_other_by_slurm(tmp_path):
   running = []
   for i in range(2):
     task = dict(**job, SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
-    running += start_python("-c", SHARDS, tmp_path, json.dumps(((-1, 1, 1), [])), **task)
+    running += start_python("-c", SHARDS, tmp_path, json.dumps(((-1, 1, 1, 1), [])), **task)
   check_epochs(read_shards(tmp_path, running))
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 
@@ -12,7 +13,8 @@ from eqm_jax.networks import dit
 from eqm_jax.training import sharding, state
 from eqm_jax.trees import path_name
 
-MESH = AbstractMesh((2, 4, 1), sharding.AXES)
+MESH = AbstractMesh((1, 2, 4, 1), sharding.AXES)
+SLICES = AbstractMesh((2, 2, 4, 1), sharding.AXES)
 
 
 def specs(shapes, rules=()):
@@ -41,7 +43,8 @@ def test_the_first_rule_that_matches_decides():
 @pytest.mark.parametrize(
   "axes, text",
   [
-    ((None, "model"), "'model': the mesh has data, fsdp, tensor"),
+    ((None, "model"), "'model': parameters can be split over data, fsdp, tensor"),
+    (("dcn_data", None), "'dcn_data': parameters can be split over data, fsdp, tensor"),
     (("fsdp",), r"1 axes, but kernel has shape \(8, 6\)"),
     ((None, "fsdp"), r"fsdp=4 does not divide an axis of kernel, shape \(8, 6\)"),
   ],
@@ -52,8 +55,10 @@ def test_a_rule_that_cannot_apply_names_parameter_shape_and_axis(axes, text):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-  with pytest.raises(ValueError, match="batch size 12 does not divide over 8 devices.*multiple of 8"):
+  with pytest.raises(ValueError, match=r"batch size 12 does not divide over 8 devices \(data × fsdp\).*multiple of 8"):
     sharding.batch_sharding(MESH, 12)
+  with pytest.raises(ValueError, match=r"batch size 24 does not divide over 16 devices \(dcn_data × data × fsdp\)"):
+    sharding.batch_sharding(SLICES, 24)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +67,67 @@ def test_a_batch_that_does_not_divide_is_refused():
     ((0, 1, 1), "data=0"),
     ((-1, -1, 1), "at most one -1"),
     ((3, -1, 1), "needs 3 devices or a multiple of them, but there are 1"),
+    ((-1, 1, 1, 2), "mesh dcn_data=2, data=-1, fsdp=1, tensor=1 needs 2 devices or a multiple"),
+    ((1, 1, 1, -1), "dcn_data=-1, .* at most one -1 for the rest, which dcn_data cannot be"),
   ],
 )
 def test_meshes_that_cannot_be_are_refused(sizes, text):
   with pytest.raises(ValueError, match=text):
-    sharding.make_mesh(*sizes)
+    sharding.make_mesh(*sizes[:3], **dict(zip(("dcn_data",), sizes[3:])))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a mesh looks at: a GPU of a node, or a device of a CPU."""
+
+  id: int
+  process_index: int
+  slice_index: int | None
+  platform: str = "gpu"
+  device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def devices(*slices: int | None, **kind: str) -> list[Device]:
+  """One device a process, in the slices given."""
+  return [Device(i, i, index, **kind) for i, index in enumerate(slices)]
+
+
+def test_nodes_of_gpus_need_no_axis_of_their_own():
+  mesh = sharding.make_mesh(4, 2, 1, devices=devices(0, 0, 0, 0, 1, 1, 1, 1))
+  assert [device.id for device in mesh.devices.flat] == list(range(8))
+
+
+@pytest.mark.parametrize(
+  "platform, slices, sizes, expected",
+  [
+    ("gpu", (0, 1, 0, 1, 0, 1, 0, 1), (2, 2, 1), [[0, 2, 4, 6], [1, 3, 5, 7]]),  # numbered across the slices
+    ("gpu", (1, 1, 1, 1, 0, 0, 0, 0), (1, 4, 1), [[4, 5, 6, 7], [0, 1, 2, 3]]),
+    ("cpu", (None,) * 8, (1, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("cpu", (0,) * 8, (1, 2, 2), [[0, 1, 2, 3], [4, 5, 6, 7]]),  # of several processes on one machine
+  ],
+)
+def test_the_devices_of_a_slice_lie_together(platform, slices, sizes, expected):
+  mesh = sharding.make_mesh(*sizes, dcn_data=2, devices=devices(*slices, platform=platform))
+  assert [[device.id for device in np.ravel(one)] for one in mesh.devices] == expected
+
+
+@pytest.mark.parametrize(
+  "slices, text",
+  [
+    ((0,) * 8, r"mesh dcn_data=2, data=2, fsdp=2, tensor=1: .* of the 8 devices is 1: set config.mesh.dcn_data to 1$"),
+    ((0, 1, 2, 3, 0, 1, 2, 3), "the number of slices .* is 4"),
+    ((0, 0, 0, 0, 0, 0, 1, 1), "it does not fit the slices of the devices"),
+  ],
+)
+def test_slices_that_the_mesh_does_not_fit_are_refused(slices, text):
+  with pytest.raises(ValueError, match=text):
+    sharding.make_mesh(2, 2, 1, dcn_data=2, devices=devices(*slices))
+
+
+def test_slices_of_tpus_need_an_axis_of_their_own():
+  two = devices(0, 0, 0, 0, 1, 1, 1, 1, platform="tpu", device_kind="TPU v5 lite")
+  with pytest.raises(ValueError, match="mesh data=4, fsdp=2, tensor=1: .* is 2: set config.mesh.dcn_data to 2"):
+    sharding.make_mesh(4, 2, 1, devices=two)
 
 
 # What each axis of a large parameter is split over, where each has a device to split it over.
@@ -93,7 +154,7 @@ def test_the_table_says_where_every_large_parameter_lies(size, modern):
     config.model.update(qk_norm=True, norm="rms", mlp="swiglu", rope=True)
   model, optimizer = dit.DiT(**config.model), state.make_optimizer(config.optimizer, 10)
   shapes = jax.eval_shape(lambda: state.init_state(model, optimizer, 0))
-  mesh = AbstractMesh((2, 16, 2), sharding.AXES)
+  mesh = AbstractMesh((2, 2, 16, 2), sharding.AXES)
   placed = sharding.state_shardings(shapes, config.sharding, mesh)
   matched = set()
   for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed)):
@@ -129,7 +190,7 @@ def test_the_average_may_lie_over_all_devices():
     shards = [math.prod(s.shard_shape(leaf.shape)) for leaf, s in zip(jax.tree.leaves(tree), jax.tree.leaves(placed))]
     return sum(shards) / sum(sizes)
 
-  for sizes, parameters, average in (((8, 1, 1), 1, 1 / 8), ((4, 4, 1), 1 / 4, 1 / 16)):
+  for sizes, parameters, average in (((1, 8, 1, 1), 1, 1 / 8), ((2, 2, 4, 1), 1 / 4, 1 / 16)):
     placed = sharding.state_shardings(shapes, config.sharding, AbstractMesh(sizes, sharding.AXES))
     np.testing.assert_allclose(share(shapes.params, placed.params), parameters, rtol=0.02)
     np.testing.assert_allclose(share(shapes.opt_state, placed.opt_state), parameters, rtol=0.02)

@@ -1,10 +1,12 @@
-"""The training step: in microbatches, in less memory, in place, and past batches that are not finite."""
+"""The training step: in microbatches, in less memory, in place, past batches that are not finite, and for GPUs."""
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_config
+from conftest import load_config, run_python
 
 from eqm_jax.equilibrium import objective
 from eqm_jax.networks import flops
@@ -120,6 +122,48 @@ def test_batches_that_are_not_finite_are_skipped_and_counted():
   for _ in range(2):  # with the one before, three in a row: one more than are skipped
     now, metrics = compiled(now, spoilt, None)
   assert not np.isfinite(metrics["parameter_norm"])
+
+
+# Lowers the step of B/2 for two nodes of four GPUs, on a machine that has neither these nor their libraries.
+ON_GPUS = """
+import json, re
+import jax, jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
+from conftest import load_config
+from eqm_jax.networks import attention, dit
+from eqm_jax.training import sharding, state, step
+
+fused_attention_stablehlo.check_cudnn_version = lambda: 91000
+attention.platform = lambda: "gpu"
+config = load_config("imagenet256", "B/2")
+config.mesh.update(dcn_data=2, data=2, fsdp=2)
+model, mesh = dit.DiT(**config.model), sharding.make_mesh(**config.mesh)
+optimizer = state.make_optimizer(config.optimizer, 10)
+shapes = jax.eval_shape(lambda: state.init_state(model, optimizer, 0))
+shardings = sharding.state_shardings(shapes, config.sharding, mesh)
+placed = jax.tree.map(lambda leaf, own: leaf.update(sharding=own), shapes, shardings)
+rows = sharding.batch_sharding(mesh, 256)
+image = jax.ShapeDtypeStruct((256, *model.input_shape), jnp.float32, sharding=rows)
+batch = {"mean": image, "logvar": image, "label": jax.ShapeDtypeStruct((256,), jnp.int32, sharding=rows)}
+traced = step.make_step(config, model, optimizer, mesh, shardings).trace(placed, batch, None)
+lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+calls = [line for line in lines if "custom_call @" in line]
+print(json.dumps({
+  "calls": [re.search(r"custom_call @([^(]+)", line)[1] for line in calls],
+  "operands": [re.findall("tensor<[^>]+>", line.rsplit(" : (", 1)[1].split(" -> ")[0]) for line in calls],
+  "weights": sum(type in line for line in lines for type in ("12x256x256xbf16>", "12x256x256xf32>")),
+  "donated": sum(line.count("tf.aliasing_output") for line in lines),
+  "leaves": len(jax.tree.leaves(shapes)),
+}))
+"""
+
+
+def test_on_gpus_the_step_has_one_kernel_of_cudnn_forward_and_one_backward():
+  """Each device's samples go through it; attention weights are nowhere, and the whole state is donated."""
+  found = json.loads(run_python("-c", ON_GPUS, devices=8).stdout)
+  assert found["calls"] == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+  assert found["operands"][0] == ["tensor<32x256x12x64xbf16>"] * 3
+  assert found["weights"] == 0 and found["donated"] == found["leaves"]
 
 
 @pytest.mark.parametrize(
