@@ -3,8 +3,8 @@
 Command:   python -m eqm_jax.main --config=configs/openmoji.py --workdir=runs/openmoji
            The other modes work in the same workdir. Emoji that it was not trained on:
            --mode=inpaint --checkpoint=runs/openmoji --workdir=runs/openmoji_test --config.data.options.part=test
-Hardware:  two CPU cores with AVX2, 4 GiB: about 75 minutes of training and 15 of evaluation. Variant ":accelerator",
-           with patches of 2 pixels, was not run by us.
+Hardware:  two CPU cores with AVX2, 4 GiB: an estimated 75 minutes of training (a step takes a second of one core)
+           and 20 of evaluation. Variant ":accelerator", with patches of 2 pixels, was not run by us.
 Expected:  evaluation/samples_adaptive.png, and beside it each sample's nearest training image.
 Data:      pip install -e ".[openmoji]". The drawings are by the OpenMoji project, licence CC BY-SA 4.0, and so are
            samples and other pictures made of them (docs/data.md).
