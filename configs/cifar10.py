@@ -3,7 +3,7 @@
 Command:   python -m eqm_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 Hardware:  one accelerator; not run by us. 36 GFLOP per image and step: 400,000 steps of 256 take an estimated 10 hours
            at half of the peak of one v5e chip (197 TFLOP/s, bfloat16).
-Expected:  the paper's FID of 3.36 is a U-Net's without classes; this transformer with classes nobody has measured.
+Expected:  the paper's FID of 3.36 is a U-Net's without classes; no figure is known for this transformer with classes.
 Data:      a TFDS build of cifar10 under data/tfds (docs/data.md), and Inception's weights (docs/evaluation.md).
 """
 

@@ -26,7 +26,6 @@ TITLES = {
   "denoising": "EqM starts from images of any noise level, without γ as input",
   "outlier_detection": "The landscape separates data from outliers",
   "composition": "Landscapes add up: labels and models are composed by weighted sums, negative weights included",
-  "noise_level": "The field knows its noise level: γ can be read off its tokens linearly",
   "memorisation": "Samples are new images, not copies of training images",
   "energies": "An implicit field makes better samples than explicit energies, and dot better than l2",
 }
@@ -41,13 +40,13 @@ PAPER = {
   "denoising": "Images noised to γ and descended: FID stays low for every γ; flow matching, run as from noise, breaks.",
   "outlier_detection": "CIFAR-10, dot energy: AUROC SVHN .55, Textures .49, constant 1.00, mean .68, ahead of others.",
   "composition": "Sums of class-conditional fields give images with the content of both classes (pictures only).",
-  "noise_level": "Not measured. Why fields without noise input work is a subject of later papers (2602.18428).",
   "memorisation": "With perfect training each local minimum is a training image; what networks reach is not reported.",
   "energies": "B/4: FID 57.5 (implicit), 73.4 (dot), 75.5 (l2).",
 }
 BEYOND = {
   "gammas": ("With a density of γ ∝ 1/c(γ) samples are better than with uniform γ", "Not in the paper: γ is uniform."),
   "modern_block": ("A modern block makes better samples at equal compute", "Not in the paper: its blocks are DiT's."),
+  "noise_level": ("The field knows its noise level: γ can be read off its tokens linearly", "Not in the paper."),
 }
 DESCRIPTION = """Each claim of the Equilibrium Matching paper beside what was measured here, on a small network and
 small pictures. A claim that fails here may well hold on ImageNet, and the other way round. The criterion given with a

@@ -65,8 +65,12 @@ for needed in --config --workdir; do
   [[ " $*" == *" $needed="* ]] || usage_error "$needed=... of eqm_jax.main is missing after --"
 done
 
-((slices == 1)) || [[ " $* " == *" --config.mesh.dcn_data=$slices "* ]] ||
-  usage_error "--slices=$slices needs --config.mesh.dcn_data=$slices of eqm_jax.main after --"
+dcn_data=1
+for argument; do
+  if [[ $argument == --config.mesh.dcn_data=* ]]; then dcn_data=${argument#*=}; fi
+done
+[[ $dcn_data == "$slices" ]] ||
+  usage_error "--slices=$slices needs --config.mesh.dcn_data=$slices of eqm_jax.main after --, not $dcn_data"
 
 # Prints words as a list in JSON, of which YAML is a superset. Kubernetes reads $$ as $, and $(NAME) as a variable.
 json() {

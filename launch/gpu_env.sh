@@ -18,6 +18,6 @@ xla_flags=(
   --xla_gpu_all_reduce_combine_threshold_bytes=268435456
 )
 export XLA_FLAGS="${xla_flags[*]}${XLA_FLAGS:+ $XLA_FLAGS}"
-# Of a GPU's memory, where JAX takes three quarters; the rest is for NCCL, cuDNN and CUDA itself.
+# Fraction of a GPU's memory that JAX takes (its default is 0.75); the rest is for NCCL, cuDNN and CUDA itself.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/eqm_jax}

@@ -210,7 +210,7 @@ def _with_changes(w: Workspace, changes: dict[str, int]) -> Workspace:
 
 def _with_devices(w: Workspace, count: int) -> Workspace:
   """Data parallelism over the first devices, with as many samples in all as on one device."""
-  changes = {"mesh.data": count, "mesh.fsdp": 1, "mesh.tensor": 1}
+  changes = {"mesh.dcn_data": 1, "mesh.data": count, "mesh.fsdp": 1, "mesh.tensor": 1}
   changes["benchmark.batch_size"] = max(1, w.batch_size // count)
   return dataclasses.replace(_with_changes(w, changes), devices=w.devices[:count])
 

@@ -174,6 +174,8 @@ def _segments(floor: float, schedule: Schedule) -> tuple[_Segment, ...]:
       for part, is_below in zip((piece.until(crossing), piece.since(crossing)), ends):
         segments.append(_Segment(part, floor if is_below else 0.0))
   if not math.isfinite(sum(segment.mass for segment in segments)):
+    if floor > 0:
+      raise ValueError(f"gamma.floor = {floor} is too small: c/λ falls to it at γ = 1 to rounding. 0.05 is usual")
     raise ValueError(
       f"gamma.floor = {floor} must be in (0, 1) where gamma.kind = 'consistent' and c falls to zero like that of "
       f"schedule.kind = {schedule.kind!r}, for 1/c cannot be normalised: set a floor such as 0.05, or choose "

@@ -291,7 +291,7 @@ def advance(state: DescentState, evaluated: Any, policy: Policy) -> DescentState
 def is_reached(norm: jax.Array, gamma: jax.Array | None, threshold: jax.Array, policy: Policy) -> jax.Array:
   """The stop rule: which samples are at their thresholds, [B]."""
   if policy.stop == "gamma":
-    return gamma >= threshold
+    return (gamma >= threshold) & jnp.isfinite(norm)  # of a sample that diverges, γ̂ may be anything
   return (threshold > 0) & (norm / policy.multiplier <= threshold)
 
 

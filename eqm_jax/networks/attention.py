@@ -128,8 +128,6 @@ def _log_once(message: str):
 def _unfit_cudnn(qkv) -> str:
   """What cuDNN's attention does not take about an array on these devices; "" if it takes it."""
   _, T, _, H, K = qkv.shape
-  if reason := _unfit_mesh(qkv):
-    return reason
   try:
     jax.eval_shape(functools.partial(_of_jax, "cudnn", H), qkv)
   except (RuntimeError, NotImplementedError, ValueError) as error:  # it is not there, or refuses the shape
@@ -144,7 +142,9 @@ def _values(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
   if form in KERNELS:
     return _fused(form, num_heads, qkv)
   of_jax = functools.partial(_of_jax, form)
-  return _on_each_device(of_jax, num_heads, qkv) if form == "cudnn" else of_jax(num_heads, qkv)
+  heads = jax.ShapeDtypeStruct((*qkv.shape[:2], 3, num_heads, 1), qkv.dtype)
+  on_each_device = form == "cudnn" and not _unfit_mesh(heads)  # in other meshes JAX splits it
+  return _on_each_device(of_jax, num_heads, qkv) if on_each_device else of_jax(num_heads, qkv)
 
 
 def _of_jax(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:

@@ -443,11 +443,16 @@ def _constrain(x: jax.Array, *axes) -> jax.Array:
   """Constrains x's axes to be sharded over these of the mesh in which this is traced, and the others to be replicated.
 
   By itself the compiler may move activations where moving parameters is cheaper. Without a mesh nothing is constrained.
+  A mesh of one slice need not have the axis of slices.
   """
-  names = jax.sharding.get_abstract_mesh().axis_names
-  if not {*SAMPLES, WITHIN_LAYER} <= set(names):
+  names = set(jax.sharding.get_abstract_mesh().axis_names)
+  if not {*SAMPLES, WITHIN_LAYER} - {SLICES} <= names:
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+  present = [
+    tuple(name for name in axis if name in names) if isinstance(axis, tuple) else axis if axis in names else None
+    for axis in axes
+  ]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*present))
 
 
 def _modulation(count: int, width: int, dtype, name: str, condition_BxD):

@@ -2,7 +2,8 @@
 
 Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor`
 splits the parameters within a layer. `dcn_data` splits the batch over slices of TPUs or nodes of GPUs, whose
-network is slow: all that crosses it is the sum of the gradients. The network constrains its activations in the same
+network is slow: all that crosses it is the sum of the gradients and, with the dispersive loss, the activations of the
+last block. The network constrains its activations in the same
 way (networks.dit).
 """
 
@@ -228,15 +229,16 @@ def _spec(path: tuple, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Part
 
 
 def _also_over_data(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-  """`spec` with `dcn_data` and `data` added to the longest axis that they divide further, if one is."""
-  axes, added = [*spec, *(None,) * (len(shape) - len(spec))], (SLICES, "data")
+  """`spec` with `dcn_data` and `data`, or else `data` alone, added to the longest axis that they divide further."""
+  axes = [*spec, *(None,) * (len(shape) - len(spec))]
   shards = NamedSharding(mesh, spec).shard_shape(shape)
-  dividing = [i for i, size in enumerate(shards) if size % math.prod(mesh.shape[axis] for axis in added) == 0]
-  if not dividing:
-    return spec
-  longest = max(dividing, key=lambda i: shards[i])
-  axes[longest] = added if axes[longest] is None else (axes[longest], *added)
-  return PartitionSpec(*axes)
+  for added in ((SLICES, "data"), ("data",)):
+    dividing = [i for i, size in enumerate(shards) if size % math.prod(mesh.shape[axis] for axis in added) == 0]
+    if dividing:
+      longest = max(dividing, key=lambda i: shards[i])
+      axes[longest] = added if axes[longest] is None else (axes[longest], *added)
+      return PartitionSpec(*axes)
+  return spec
 
 
 def _check_rule(pattern: str, axes: Sequence[str | None], name: str, shape: tuple[int, ...], mesh: Mesh):

@@ -1,5 +1,6 @@
 """Checks before a run begins: a config that does not fit, and a workdir of another run."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -194,8 +195,8 @@ def _check_classes(workdir: str, saved: Sequence[str] | None, current: Sequence[
 def check_same_config(workdir: str, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
   """The config of the checkpoints in a workdir, which must be this one; None if there are none.
 
-  A key that the saved config lacks is new, with a default that changes nothing; an attribute of the model that it lacks
-  has its default, and is compared.
+  A key that the saved config lacks is new, with a default that changes nothing. What it lacks of the model's attributes
+  and of the objective's c(γ) and density of γ has its default, and is compared.
 
   Raises:
     ValueError: naming what differs; for a config of an older version, its version.
@@ -206,6 +207,8 @@ def check_same_config(workdir: str, config: ml_collections.ConfigDict) -> dict[s
   saved, current = read_json(path), json.loads(config.to_json())
   _check_version(path, saved, current)
   saved["model"] = {**default_attributes(), **saved["model"]}
+  for key, options in (("schedule", Schedule()), ("gamma", gamma.GammaDensity())):
+    saved["objective"][key] = {**dataclasses.asdict(options), **saved["objective"].get(key, {})}
   # What encodes in each step makes the data; with a cache it only decodes samples.
   free = (*FREE, "autoencoder.dtype.") if config.data.source == "latents" else FREE
   differing = [

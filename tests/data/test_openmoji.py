@@ -67,6 +67,7 @@ def test_each_pixel_is_the_mean_of_its_area(few):
 
 
 def test_variants_of_an_emoji_are_all_in_one_part():
+  parts = {}
   for skin_tones in (False, True):
     codes, labels = openmoji._listed(skin_tones)
     in_test = openmoji._part(codes, "test")
@@ -74,8 +75,19 @@ def test_variants_of_an_emoji_are_all_in_one_part():
     families = [{openmoji.family(code) for code, chosen in zip(codes, part) if chosen} for part in (in_test, ~in_test)]
     assert not families[0] & families[1]
     assert 0.12 < in_test.mean() < 0.22 and len(set(labels[in_test])) == 9
+    parts[skin_tones] = dict(zip(codes, in_test.tolist()))
+  assert parts[False].items() <= parts[True].items()  # an option moves no emoji to the other part
   assert openmoji.family(WORKER) == openmoji.family("1F9D1-200D-2695-FE0F") == "1F9D1-2695"
   assert openmoji.family("1F3CB-1F3FD-200D-2640-FE0F") == openmoji.family("1F3CB") and WORKER in codes
+
+
+@pytest.mark.slow  # renders all drawings
+def test_no_image_is_in_both_parts():
+  codes, _ = openmoji._listed(False)
+  families = {}
+  for code, image in zip(codes, sources.open_source("openmoji", {}).images):
+    families.setdefault(image.tobytes(), set()).add(openmoji.family(code))
+  assert all(len(names) == 1 for names in families.values()), [names for names in families.values() if len(names) > 1]
 
 
 def test_parts_have_the_images_of_their_drawings(few):

@@ -109,6 +109,13 @@ def test_a_descent_reads_the_level_of_a_transformer():
   np.testing.assert_allclose(moved.x[0], x[0] - 0.1 * f[0], atol=1e-5)
 
 
+def test_a_sample_that_diverges_has_not_arrived():
+  result = eqm_jax.descend(
+    lambda x: (x * jnp.nan, jnp.full(3, 2.0)), X, step_size=0.1, max_nfe=3, threshold=0.9, stop="gamma"
+  )
+  assert (result.status == eqm_jax.Status.DIVERGED).all()
+
+
 @pytest.mark.parametrize(
   "model, options, text",
   [

@@ -39,7 +39,7 @@ def test_metrics_are_those_that_the_features_allow(real):
   pool = sample(0, 300)
   assert set(metrics.compute({"pool": pool}, real)) == {
     "frechet", "frechet_error", "kernel_distance", "kernel_distance_std", "mind", "mind_error", "mind_samples",
-    "precision", "precision_error", "recall", "recall_error",
+    "precision", "precision_error", "recall", "recall_error", "nearest",
   }  # fmt: skip
   assert metrics.compute({"pool": pool}, real)["mind_samples"] == 300
   without_features = ReferenceStatistics({**real.gaussians, "spatial": real.gaussians["pool"]}, None, {})
@@ -69,7 +69,7 @@ def test_few_samples_have_the_metrics_that_they_allow(count, caplog):
 
 def test_one_real_sample_leaves_distances_of_sets_out(real, caplog):
   one = ReferenceStatistics(real.gaussians, real.features[:1], {})
-  assert set(metrics.compute({"pool": sample(0, 20)}, one)) == {"frechet", "frechet_error"}
+  assert set(metrics.compute({"pool": sample(0, 20)}, one)) == {"frechet", "frechet_error", "nearest"}
   assert "20 samples and 1 real ones: too few for kernel distance, MIND, precision and recall" in caplog.text
   caplog.clear()
   metrics.compute({"pool": sample(0, 20)}, real)

@@ -268,3 +268,7 @@ def test_in_a_mesh_activations_are_spread_over_samples_heads_and_hidden_units():
     found = constraints(jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr)
   modulations = {(None, "dcn_data", ("data", "fsdp")), (None, samples)}  # by their outputs, then by samples
   assert found == {(samples,), (samples, None, None, "tensor"), (samples, None, "tensor")} | modulations
+  one_slice = AbstractMesh((2, 2, 2), (*samples[1:], "tensor"), axis_types=(AxisType.Auto,) * 3)
+  with jax.sharding.use_abstract_mesh(one_slice):
+    found = constraints(jax.make_jaxpr(lambda *a: program(*a))(*arguments).jaxpr)
+  assert (samples[1:], None, "tensor") in found and (None, None, samples[1:]) in found

@@ -195,6 +195,11 @@ def test_the_average_may_lie_over_all_devices():
     np.testing.assert_allclose(share(shapes.params, placed.params), parameters, rtol=0.02)
     np.testing.assert_allclose(share(shapes.opt_state, placed.opt_state), parameters, rtol=0.02)
     np.testing.assert_allclose(share(shapes.ema_params, placed.ema_params), average, rtol=0.02)
+  # 2·32 divide no axis of this shape further, 32 do.
+  shape, mesh = (28, 1152, 3, 16, 72), AbstractMesh((2, 32, 4, 1), sharding.AXES)
+  assert sharding._also_over_data(shape, PartitionSpec(None, "fsdp"), mesh) == PartitionSpec(
+    None, ("fsdp", "data"), None, None, None
+  )
   config.sharding.ema = "nowhere"
   with pytest.raises(ValueError, match="sharding.ema = 'nowhere' must be one of parameters, devices"):
     sharding.state_shardings(shapes, config.sharding, MESH)

@@ -274,6 +274,11 @@ def test_a_key_that_was_none_is_compared_and_a_new_key_is_not(uninterrupted, tmp
   config.model.rope = True  # shapes no parameter, and would go on as another network
   with pytest.raises(ValueError, match="model.rope: False in the workdir, True in this config"):
     train.train(config, str(workdir))
+  edit_config(workdir, lambda saved: saved["objective"].pop("gamma"))
+  config = long_config()
+  config.objective.gamma.kind = "logit_normal"  # another objective
+  with pytest.raises(ValueError, match="objective.gamma.kind: 'uniform' in the workdir, 'logit_normal' in this config"):
+    train.train(config, str(workdir))
   config = long_config()
   config.optimizer.clip_norm = 1.0
   with pytest.raises(ValueError, match="optimizer.clip_norm: None in the workdir, 1.0 in this config"):
