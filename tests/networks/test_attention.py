@@ -20,6 +20,7 @@ from eqm_jax.networks.dit import REMAT_POLICIES, DiT
 LABELS = jnp.asarray([0, 3])
 TPU, GPU = AbstractDevice("TPU v6 lite", 1, "tpu"), AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
 INTERPRET = "pallas_interpret"
+PREPARED = dict(qk_norm=True, rope=True)  # queries and keys are, before attention
 
 
 def arrays(B: int, T: int, H: int, K: int, dtype: str = "float32"):
@@ -187,8 +188,14 @@ def kernels(jaxpr) -> list[str]:
   return found
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
-@pytest.mark.parametrize("options", [{}, dict(qk_norm=True, rope=True)], ids=str)
+@pytest.mark.parametrize(
+  "remat, options",
+  [
+    *((remat, {}) for remat in REMAT_POLICIES),
+    ("full", PREPARED),
+    *(pytest.param(remat, PREPARED, marks=pytest.mark.slow) for remat in REMAT_POLICIES if remat != "full"),
+  ],
+)
 def test_under_rematerialisation_there_is_one_kernel_forward_and_one_backward(remat, options):
   sizes = dict(patch_size=2, width=16, depth=2, num_heads=2, num_classes=5)
   model = DiT(8, 3, **sizes, **options, block="xla", attention="xla")

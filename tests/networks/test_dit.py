@@ -81,9 +81,9 @@ def test_a_new_network_returns_zero():
   [
     (dict(remat="full"), {}),
     (dict(remat="dots_no_batch", unroll=2), {}),
-    (dict(remat="full"), MODERN),
     pytest.param(dict(unroll=3), {}, marks=pytest.mark.slow),
     pytest.param(dict(remat="dots"), {}, marks=pytest.mark.slow),
+    pytest.param(dict(remat="full"), MODERN, marks=pytest.mark.slow),
     pytest.param(dict(remat="dots_no_batch", unroll=2, block="xla"), MODERN, marks=pytest.mark.slow),
   ],
 )
