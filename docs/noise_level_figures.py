@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {  # config, what di
   "MNIST, λ = 4": ("mnist", {}, None),
 }
 MULTIPLIERS = {FIRST: 4.0, "digits, λ = 8": 8.0, "MNIST, λ = 4": 4.0}
-NORMS = tuple(2 ** (k / 2) for k in range(1, 9))  # 1.41 to 16: twice each but the last two is one of them
+NORMS = tuple(2 ** (k / 2) for k in range(1, 11))  # 1.41 to 32: twice each but the last two is one of them
 GAMMAS = (0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98)
 STEP_SIZE, STEP_MULTIPLIER = 0.003, 4.0  # η, at this λ; η·λ is the same for all
 MAX_NFE, SMOKE_NFE = 249, 10
