@@ -155,6 +155,7 @@ class ParameterShapes:
   """The shapes of parameters in a program: whole or split, all blocks' or one's, axes merged."""
 
   def __init__(self, params: Any, mesh: Mapping[str, int]):
+    self._slices = sharding.SLICES in mesh
     self._axes: dict[tuple[int, ...], set[str]] = {}  # sorted dimensions → the axes that split them
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
       spec = [*leaf.sharding.spec, *(None,) * (len(leaf.shape) - len(leaf.sharding.spec))]
@@ -183,7 +184,9 @@ class ParameterShapes:
     if MODULATIONS in collective.op and collective.kind not in REDUCTIONS:  # split by outputs, then by samples
       return True
     along, split = set(collective.axes or ()), self.axes(dims)
-    reduction = collective.kind in REDUCTIONS
+    reduction = collective.kind in REDUCTIONS or self._slices and collective.kind == "all-gather"  # ends a sum
+    if along == {sharding.SLICES} and collective.kind in REDUCTIONS:  # of each chip's part, whatever its shape
+      return True
     if collective.axes is None or split is None:
       return along == {"tensor"} and (reduction or collective.windowed)
     return along <= (split | set(sharding.BATCH) if reduction else split)
