@@ -8,10 +8,10 @@ collectives alone (synchronous), as pairs `-start` and `-done` (asynchronous), a
 - a loop `windowed_dot_general` around a matrix product: a gather or reduction in pieces, passed from neighbour to
   neighbour while the piece at hand is multiplied. It is counted as the collective-permutes that it consists of.
 
-Between slices. libtpu makes of a sum over several slices a reduce-scatter within each, a sum of each chip's part between
-them, and a gather; the middle one is a pair of `send` and `recv` to its runtime (Megascale), beside other work. Over D
-slices a part of S bytes sends 2·S·(D−1)/D out of a chip, over the network of the data center (DCN). A collective that
-spans slices as one is counted as one within each slice and one between them.
+Between slices. libtpu makes of a sum over several slices a reduce-scatter within each, a sum of each chip's part
+between them, and a gather; the middle one is a pair of `send` and `recv` to its runtime (Megascale), beside other work.
+Over D slices a part of S bytes sends 2·S·(D−1)/D out of a chip, over the network of the data center (DCN). A collective
+that spans slices as one is counted as one within each slice and one between them.
 
 HBM. Counted instruction by instruction: the arrays in HBM that it reads and writes, tiles and padding included, times
 the turns of the loops around it; of a slice or an update in place, the slice. Collectives are left out: their reads and

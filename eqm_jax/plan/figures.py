@@ -184,8 +184,11 @@ class ParameterShapes:
     if MODULATIONS in collective.op and collective.kind not in REDUCTIONS:  # split by outputs, then by samples
       return True
     along, split = set(collective.axes or ()), self.axes(dims)
-    reduction = collective.kind in REDUCTIONS or self._slices and collective.kind == "all-gather"  # ends a sum
-    if along == {sharding.SLICES} and collective.kind in REDUCTIONS:  # of each chip's part, whatever its shape
+    reduction = collective.kind in REDUCTIONS
+    # libtpu makes sums over slices of collectives that it names after no operation, of arrays in shapes of its own.
+    if self._slices and along <= set(sharding.BATCH) and not collective.op:
+      return True
+    if along == {sharding.SLICES} and reduction:
       return True
     if collective.axes is None or split is None:
       return along == {"tensor"} and (reduction or collective.windowed)
