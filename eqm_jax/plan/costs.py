@@ -8,9 +8,10 @@ collectives alone (synchronous), as pairs `-start` and `-done` (asynchronous), a
 - a loop `windowed_dot_general` around a matrix product: a gather or reduction in pieces, passed from neighbour to
   neighbour while the piece at hand is multiplied. It is counted as the collective-permutes that it consists of.
 
-Between slices. A collective over several slices is counted as one within each slice and one between them, in which
-each chip has its part: an all-reduce of S bytes over D slices of N chips sends 2·S/N·(D−1)/D bytes out of a chip to
-other slices, over the network of the data center (DCN), and within the slice what an all-reduce over N chips does.
+Between slices. libtpu makes of a sum over several slices a reduce-scatter within each, a sum of each chip's part
+between them, and a gather; the middle one is a pair of `send` and `recv` to its runtime (Megascale), beside other work.
+Over D slices a part of S bytes sends 2·S·(D−1)/D out of a chip, over the network of the data center (DCN). A collective
+that spans slices as one is counted as one within each slice and one between them.
 
 HBM. Counted instruction by instruction: the arrays in HBM that it reads and writes, tiles and padding included, times
 the turns of the loops around it; of a slice or an update in place, the slice. Collectives are left out: their reads and
@@ -157,6 +158,8 @@ def find_collectives(
       for inner, core, asynchronous in _cores(module, computation, instruction):
         execution = {"times": times, "asynchronous": asynchronous, "windowed": windowed}
         collectives.append(_collective(inner, core, mesh, execution))
+      if instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.text:
+        collectives.append(_between_slices(computation, instruction, mesh.get(SLICES, 1), times))
   return [collective for collective in collectives if collective.chips > 1 and collective.times]
 
 
@@ -227,6 +230,14 @@ def _collective(
   op = core.attribute(r'op_name="([^"]*)"') or ""
   slices = math.prod(mesh.get(axis, 1) for axis in (mesh if axes is None else axes) if axis == SLICES)
   return Collective(kind, tuple(arrays), axes, chips, op=op, slices=slices, **execution)
+
+
+def _between_slices(computation: hlo.Computation, send: hlo.Instruction, slices: int, times: float) -> Collective:
+  """The collective between slices that a chip begins with a transfer to the runtime."""
+  kind = send.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+  kind = kind if kind in KINDS else "collective-permute"
+  arrays, op = computation.operands(send)[0].result, send.attribute(r'op_name="([^"]*)"') or ""
+  return Collective(kind, tuple(arrays), (SLICES,), slices, times, True, False, op, slices)
 
 
 def _groups(text: str, devices: int) -> np.ndarray | None:

@@ -155,6 +155,7 @@ class ParameterShapes:
   """The shapes of parameters in a program: whole or split, all blocks' or one's, axes merged."""
 
   def __init__(self, params: Any, mesh: Mapping[str, int]):
+    self._slices = sharding.SLICES in mesh
     self._axes: dict[tuple[int, ...], set[str]] = {}  # sorted dimensions → the axes that split them
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
       spec = [*leaf.sharding.spec, *(None,) * (len(leaf.shape) - len(leaf.sharding.spec))]
@@ -184,6 +185,11 @@ class ParameterShapes:
       return True
     along, split = set(collective.axes or ()), self.axes(dims)
     reduction = collective.kind in REDUCTIONS
+    # libtpu makes sums over slices of collectives that it names after no operation, of arrays in shapes of its own.
+    if self._slices and along <= set(sharding.BATCH) and not collective.op:
+      return True
+    if along == {sharding.SLICES} and reduction:
+      return True
     if collective.axes is None or split is None:
       return along == {"tensor"} and (reduction or collective.windowed)
     return along <= (split | set(sharding.BATCH) if reduction else split)

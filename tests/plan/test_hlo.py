@@ -174,6 +174,16 @@ def test_a_collective_over_slices_is_one_within_each_and_one_between_them():
   assert found["all-gather"].dcn_bytes == 0
 
 
+def test_a_transfer_to_the_runtime_between_slices_is_a_collective_of_each_chips_part():
+  last = "  %ten = s32[]"
+  attributes = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"'
+  send = f"  %sent = (f32[8,128], u32[], token[]) send(%part, %token), frontend_attributes={{{attributes}}}"
+  text = BY_HAND.replace(last, f"  %token = token[] after-all()\n{send}\n{last}")
+  found = costs.find_collectives(hlo.parse(text), {"dcn_data": 4, "data": 2})
+  (one,) = (one for one in found if one.slices == 4 and one.kind == "all-reduce" and one.asynchronous)
+  assert (one.axes, one.bytes, one.dcn_bytes) == (("dcn_data",), 0, 2 * 8 * 128 * 4 * 3 / 4)
+
+
 @pytest.mark.parametrize(
   "groups, axes",
   [

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, load_config
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from PIL import Image
 from plans import flags_that_libtpu_knows, open_slice, small  # noqa: F401
 
@@ -220,6 +220,21 @@ def test_a_plan_is_written_as_numbers_tables_and_pictures(written):
   with Image.open(directory / "v5e_2x4.png") as picture:
     assert picture.width > 300
   assert "compiling for v5e:2x4" in log and "images on a chip are fewer" in log
+
+
+def test_sums_over_slices_as_libtpu_makes_them_are_no_resharding():
+  mesh = AbstractMesh((2, 2, 4, 1), sharding.AXES)
+  leaf = jax.ShapeDtypeStruct((384, 768), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+  parameters = figures_lib.ParameterShapes({"kernel": leaf}, dict(mesh.shape))
+
+  def warnings(kind, axes, op=""):
+    one = costs.Collective(kind, tuple(hlo.arrays("bf16[900,8,128]")), axes, 2, 1, True, False, op)
+    return figures_lib.resharding([one], parameters)
+
+  assert not warnings("all-reduce", ("dcn_data",)) and not warnings("all-gather", ("data", "fsdp"))
+  assert warnings("all-gather", ("data",), "model/mlp_in") and warnings("all-gather", ("dcn_data",), "model/mlp_in")
+  parameters = figures_lib.ParameterShapes({"kernel": leaf}, {"data": 2, "fsdp": 4, "tensor": 1})
+  assert warnings("all-gather", ("data",))  # of one slice
 
 
 def stand_in(monkeypatch, memory_of):
