@@ -109,7 +109,7 @@ def test_the_images_in_adms_file_give_statistics(config, photographs, tmp_path):
   config.evaluation.dinov2.reference = str(path)
   assert validation.needs(config) == (False, False)
   reference = ReferenceData(config.evaluation, None, None, 1)
-  ((space, known),) = reference._spaces
+  ((space, known, _),) = reference._spaces
   np.testing.assert_array_equal(known.features, space.extract(images)["pool"])
   assert known.origin == {"from": "VIRTUAL.npz", "samples": 20, "features": space.settings}
   assert reference.describe()["dinov2"]["real"]["frechet_between_halves"] > 0
