@@ -205,7 +205,7 @@ def sampler(**overrides: Any) -> ml_collections.ConfigDict:
     # Descents: "gd", "nag", "nesterov", "adam", "lbfgs", "langevin". ODE solvers: "euler", "heun", "tsit5", "dopri5",
     # and for a model with time_input "euler_maruyama".
     rule="gd",
-    step_size=FieldReference(0.003, field_type=object),  # η, or "auto": 2 / (λ · max_nfe), for the default c(γ)
+    step_size=FieldReference(0.003, field_type=object),  # η; "auto": 2 / (λ · max_nfe), or what another c(γ) asks
     momentum=0.0,  # μ of "nag" and "nesterov"
     temperature=0.0,  # T of "langevin"
     max_nfe=249,  # network calls per sample at most; one call with guidance counts once
