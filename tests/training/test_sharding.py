@@ -132,7 +132,7 @@ def test_slices_of_tpus_need_an_axis_of_their_own():
 
 @pytest.mark.parametrize("data, fsdp", [(-1, None), (1, None), (-1, 1)])
 def test_an_automatic_fsdp_is_what_there_are_devices_for(data, fsdp):
-  assert dict(sharding.make_mesh(data, fsdp, 1).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert set(sharding.make_mesh(data, fsdp, 1).shape.values()) == {1}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_an_automatic_fsdp_is_what_there_are_devices_for(data, fsdp):
   ],
 )
 def test_what_is_gathered_has_its_axes_merged_where_none_of_them_is_split(shape, axes, tensor, merged):
-  placed = NamedSharding(AbstractMesh((2, 16, tensor), sharding.AXES), PartitionSpec(*axes))
+  placed = NamedSharding(AbstractMesh((1, 2, 16, tensor), sharding.AXES), PartitionSpec(*axes))
   expected = merged or (shape, axes)
   assert sharding._merged(shape, placed) == (expected[0], PartitionSpec(*expected[1]))
 
