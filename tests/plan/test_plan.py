@@ -384,14 +384,6 @@ def test_the_tables_of_the_page_are_made_from_the_published_numbers(tmp_path):
   assert merged["L/2"][1]["images_per_second_per_chip"] == pytest.approx(7 * rate / (7 + rate))
 
 
-# Training rows of an earlier mesh, which docs/plan.md names.
-EARLIER = {
-  "B/2": {"v5e-256", "v4-32"},
-  "L/2": {"v5e-256", "v4-32"},
-  "XL/2": {"v5e-256"},
-}
-
-
 def test_every_row_of_the_published_table_fits_with_the_shipped_config():
   documented = json.loads((ROOT / "docs" / "plan.json").read_text())
   assert set(documented) == {"B/2", "L/2", "XL/2"}
@@ -403,8 +395,7 @@ def test_every_row_of_the_published_table_fits_with_the_shipped_config():
       mesh = sharding.make_mesh(**config.mesh, devices=open_slice(one["slice"]).devices)
       training, sizes = one["programs"][0], {axis: size for axis, size in mesh.shape.items() if axis != sharding.SLICES}
       settings = f"remat {config.model.remat}, gather {config.sharding.gather}"
-      if one["slice"] not in EARLIER.get(name, ()):
-        assert training["mesh"] == sizes and settings in training["about"]
+      assert training["mesh"] == sizes and settings in training["about"]
       assert training["images_per_chip"] * math.prod(mesh.shape.values()) == config.train.batch_size
       for program in one["programs"]:
         assert program["fits"] and program["memory"]["needed"] <= 0.95 * program["memory"]["usable"]
