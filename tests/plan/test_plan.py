@@ -122,7 +122,8 @@ def test_split_parameters_are_gathered_and_their_gradients_scattered(written):
   assert {one.axes for one in sent} == {("fsdp",)}
   moved = sum(one.bytes for one in sent if one.kind in ("all-gather", "collective-permute", "reduce-scatter"))
   once = sum(2 * leaf.size for leaf in split) * 7 / 8  # in bfloat16
-  assert 1.5 * once < moved + figures.collectives.get("all-reduce", {"bytes": 0})["bytes"] < 5 * once
+  # All but the modulation, a third of them, are gathered once and their gradients scattered.
+  assert 1.2 * once < moved + figures.collectives.get("all-reduce", {"bytes": 0})["bytes"] < 5 * once
   assert not [text for text in figures.warnings if "no sharding rule asks" in text and "together" not in text]
 
 
@@ -288,7 +289,7 @@ def test_the_fastest_remat_that_fits_is_proposed_with_the_fastest_mesh_and_gathe
 
 def test_what_fits_and_is_fastest_stays(monkeypatch):
   config, topology = load_config("imagenet256", "B/2"), open_slice("v5e-16")
-  config.model.remat = "none"
+  config.model.remat, config.mesh.fsdp = "none", 1
   _, compile_program = stand_in(monkeypatch, lambda program: 2**30)
   found = plan.search_training(config, topology, compile_program(programs.training(config, topology), topology))
   assert found.flags == "" and found.figures.fits
