@@ -96,8 +96,9 @@ def get_config() -> ml_collections.ConfigDict:
     init_from=placeholder(str),  # a model, of any classes, for the first parameters (docs/checkpoints.md); None: random
   )
   config.checkpoint = config_dict.create(every=1000, keep=2)  # steps; the newest checkpoints that are kept
-  # Devices along each axis, -1 for the rest; dcn_data is the number of slices of TPUs (docs/pods.md).
-  config.mesh = config_dict.create(dcn_data=1, data=-1, fsdp=1, tensor=1)
+  # Devices along each axis, -1 for the rest; dcn_data is the number of slices of TPUs (docs/pods.md). fsdp None: 16, or
+  # as many of them (8, 4, 2, 1) as divide the devices of a slice.
+  config.mesh = config_dict.create(dcn_data=1, data=-1, fsdp=FieldReference(1), tensor=1)
   config.sharding = config_dict.create(
     rules=(),  # (regex of a parameter's path, mesh axis of each array axis); where none fits, fsdp splits the largest
     ema="parameters",  # sharded as the "parameters" are, or over all "devices": less memory where mesh.data > 1

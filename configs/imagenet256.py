@@ -6,8 +6,8 @@ Command:   python -m eqm_jax.main --config=configs/imagenet256.py --workdir=runs
            of 80 GB, from one up; "-tfds": the images of a TFDS build; "-online": encoded in each step, without a cache.
 Hardware:  a TPU slice or GPUs; not run by us yet. XL/2 takes 0.71 TFLOP per image and step, so 7.0 million steps of 256
            (1,400 epochs) take an estimated 56 hours at half of the peak of 64 v5e chips (197 TFLOP/s each, bfloat16).
-           State: 10.8 GB, split by fsdp. docs/plan.md has what each size takes on TPUs, docs/gpus.md on GPUs. On any
-           number of devices that four does not divide: --config.mesh.fsdp=-1 --config.mesh.data=1.
+           State: 10.8 GB, split over up to 16 devices. docs/plan.md has what each size takes on TPUs, docs/gpus.md on
+           GPUs; --mode=plan computes it for other slices.
 Expected:  the paper's figures (FID of 50,000 samples). XL/2, 1,400 epochs, with guidance: 1.90. B/2, 80 epochs (400,000
            steps), without guidance: 32.85; its loss flattens near 10.3 (see `relative_loss` in the metrics). With the
            authors' checkpoints, without training and without ImageNet (docs/evaluation.md):
@@ -51,7 +51,8 @@ def get_config(variant: str = "XL/2", file: str = "imagenet256.py"):
   config.optimizer.update(learning_rate=1e-4, schedule="constant", warmup_steps=0, ema_decay=0.9999)
   config.train.update(steps=400_000, batch_size=256)  # the 80 epochs of the paper's ablations
   config.checkpoint.update(every=10_000, keep=3)
-  config.sharding.rules = RULES
+  config.mesh.fsdp = None  # the state is split over 16 devices, or fewer where there are not as many
+  config.sharding.update(rules=RULES, gather="step")
   row = functools.partial(base.sampler, guidance_channels=3)  # as the released code
   config.samplers = dict(
     published_b2=row(),  # of the paper's 32.85: GD, no guidance
@@ -75,8 +76,6 @@ def get_config(variant: str = "XL/2", file: str = "imagenet256.py"):
 def network(config, size: str, patch: int, override):
   depth, width, num_heads = SIZES[size]
   config.model.update(depth=depth, width=width, num_heads=num_heads, patch_size=patch)
-  if size in ("L", "XL"):
-    config.mesh.fsdp = 4  # splits the state over groups of four chips
   if size == "XL":
     config.train.steps = 7_000_000  # 1,400 epochs
   published = "published_xl2" if size == "XL" else "published_b2"
@@ -86,7 +85,7 @@ def network(config, size: str, patch: int, override):
 
 
 def gpu(config):
-  config.mesh.fsdp = 1  # each has the whole state
+  config.mesh.fsdp, config.sharding.gather = 1, "layer"  # each has the whole state
   config.train.grad_accum_steps = 2  # 128 images at a time fit one, 256 hardly; on several: 1
 
 

@@ -207,13 +207,14 @@ class DiT(nn.Module):
     block = Block(**self._block_attributes, dtype=dtype, attention=self.attention, training=training, parent=None)
 
     def one(tokens_BxTxD, layer):
-      params, modulation_BxN = layer
-      return block.apply({"params": params}, tokens_BxTxD, modulation_BxN=modulation_BxN)
+      matrices, modulation_BxN = layer
+      own = jax.tree.map(lambda matrix, stack: matrix.reshape(stack.shape[1:]), matrices, params)
+      return block.apply({"params": own}, tokens_BxTxD, modulation_BxN=modulation_BxN)
 
     if self.remat != "none":
       # The loop separates the recomputation, so prevent_cse is not needed.
       one = jax.checkpoint(one, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-    layers = params, modulation_LxBxN
+    layers = _as_matrices(params, dtype), modulation_LxBxN
     return jax.lax.scan(one, tokens_BxTxD, layers, unroll=min(self.unroll, self.depth))[0]
 
   def _initial_blocks(self, dtype):
@@ -477,6 +478,22 @@ def _all_modulations(layer, condition_BxD: jax.Array, dtype) -> jax.Array:
   if kernel_LxDxN.shape[-1] % math.prod(sizes.get(axis, 1) for axis in within_slice) == 0:
     out_LxBxN = _constrain(out_LxBxN, None, SLICES, within_slice)
   return _constrain(out_LxBxN, None, SAMPLES)
+
+
+def _as_matrices(layers, dtype):
+  """The blocks' parameters with the axes of heads merged, where they are in the type of the products and not split.
+
+  Such weights were gathered before the loop. A TPU would copy them there, to pad the width of a head to whole tiles.
+  """
+  kernel_LxDx3xHxK = layers["qkv"]["kernel"]
+  if kernel_LxDx3xHxK.dtype != dtype or jax.sharding.get_abstract_mesh().shape.get(WITHIN_LAYER, 1) > 1:
+    return layers
+  L, D = kernel_LxDx3xHxK.shape[:2]
+  shapes = {("qkv", "kernel"): (L, D, -1), ("qkv", "bias"): (L, -1), ("attention_out", "kernel"): (L, -1, D)}
+  return {
+    name: {part: leaf.reshape(shapes.get((name, part), leaf.shape)) for part, leaf in layer.items()}
+    for name, layer in layers.items()
+  }
 
 
 def _modulate(x, shift, scale):

@@ -88,6 +88,17 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mover:
+  """One instruction that moves bytes between HBM and the chip, over all the times that it is executed."""
+
+  bytes: float
+  times: float
+  name: str  # the instruction's in the program; fusions are called after what they end with
+  result: str  # types and shapes of what it makes
+  op: str  # the operation in the model's code, as the compiler records it
+
+
+@dataclasses.dataclass(frozen=True)
 class Roofline:
   """Lower bound of the seconds of one execution on one chip, by unit."""
 
@@ -141,6 +152,7 @@ def rematerialised_flops(model: DiT, fused: bool = False) -> int:
   """
   attention = 4 * (model.input_size // model.patch_size) ** 4 * model.width
   block = flops_lib.forward(model.clone(depth=2)) - flops_lib.forward(model.clone(depth=1))
+  block -= 12 * model.width**2  # its modulation is computed before the loop
   repeated = {"none": 0, "dots": 0, "dots_no_batch": attention, "full": block}[model.remat]
   if fused:
     repeated = (block - attention if model.remat == "full" else 0) + attention // 2
@@ -176,12 +188,29 @@ def by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
   return table
 
 
-def hbm_bytes(module: hlo.Module, unknown_trips: Sequence[int] = ()) -> float:
-  """Bytes read from and written to HBM by one execution, on one chip; `unknown_trips` as in `hlo.executed`."""
-  total = 0.0
+def find_movers(module: hlo.Module, unknown_trips: Sequence[int] = ()) -> list[Mover]:
+  """The instructions that read from or write to HBM, the one that moves most first.
+
+  Their bytes together are those of one execution on one chip; `unknown_trips` as in `hlo.executed`.
+  """
+  movers = []
   for computation, times in hlo.executed(module, unknown_trips):
-    total += times * sum(_moved(module, computation, instruction) for instruction in computation.instructions)
-  return total
+    for instruction in computation.instructions:
+      moved = times * _moved(module, computation, instruction)
+      if moved:
+        result = ", ".join(f"{array.dtype}[{','.join(map(str, array.dims))}]" for array in instruction.result)
+        op = instruction.attribute(r'op_name="([^"]*)"') or ""
+        movers.append(Mover(moved, times, instruction.name, result, op))
+  return sorted(movers, key=lambda one: -one.bytes)
+
+
+def estimated_cycles(module: hlo.Module, unknown_trips: Sequence[int] = ()) -> int:
+  """XLA's own estimates of all instructions, added up; it has none for kernels and collectives."""
+  total = 0
+  for computation, times in hlo.executed(module, unknown_trips):
+    estimates = (one.attribute(r'"estimated_cycles":"(\d+)"') for one in computation.instructions)
+    total += times * sum(int(cycles) for cycles in estimates if cycles)
+  return round(total)
 
 
 def _cores(

@@ -29,6 +29,7 @@ RESERVE = 0.05
 LARGE = 16 * 2**20  # bytes of one array: smaller ones may lie whole on every device
 SHARE = 0.25  # of the memory: a state below it may lie whole on every device without a warning
 FLOOR = 2**20  # bytes on the links in one execution: resharding below it is reported in sum
+MOVERS = 15  # instructions that are listed of those that move most bytes in HBM
 PADDING = 1.15  # up to this factor XLA pads an axis that the devices do not divide
 REDUCTIONS = ("all-reduce", "reduce-scatter")
 RECOMPUTED = re.compile(r"\.remat\d*(\.\d+)*$")  # names of instructions that XLA itself decided to compute again
@@ -48,6 +49,8 @@ class Figures:
   flops: float = 0.0
   hbm_bytes: float = 0.0
   collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  cycles: float = 0.0  # XLA's own estimate
+  movers: tuple[costs.Mover, ...] = ()  # the instructions that move most of `hbm_bytes`
   bound: costs.Roofline | None = None  # None: refused
   critical_batch: float = 0.0
   warnings: tuple[str, ...] = ()
@@ -83,6 +86,8 @@ class Figures:
     sent = [(one["bytes"], one["synchronous_bytes"]) for one in self.collectives.values()]
     row |= {name: getattr(self, name) for name in ("flops", "hbm_bytes", "seconds_at_mfu", "collectives")}
     row |= {"flops_done_again": program.rematerialised_flops}
+    row |= {"estimated_cycles": self.cycles}
+    row |= {"movers": [dataclasses.asdict(one) for one in self.movers]}
     row |= {"mfu": costs.MFU, "flops_per_second_at_mfu": costs.MFU * chip.flops}
     row["link_bytes"] = {
       "asynchronous": sum(total - synchronous for total, synchronous in sent) / program.iterations,
@@ -132,7 +137,11 @@ def _read(program: Program, chip: Chip, seconds: float, compiled: jax.stages.Com
   asynchronous, synchronous = (
     sum(one.bytes for one in collectives if one.asynchronous == kind) / program.iterations for kind in (True, False)
   )
-  hbm_bytes = costs.hbm_bytes(module, trips) / program.iterations
+  movers = [
+    dataclasses.replace(one, bytes=one.bytes / program.iterations, times=one.times / program.iterations)
+    for one in costs.find_movers(module, trips)
+  ]
+  hbm_bytes = sum(one.bytes for one in movers)
   # Without a formula the compiler's count, which is right for programs without loops.
   flops = compiled.cost_analysis()["flops"] if program.flops is None else program.flops
   names = [instruction.name for part in module.computations.values() for instruction in part.instructions]
@@ -144,7 +153,9 @@ def _read(program: Program, chip: Chip, seconds: float, compiled: jax.stages.Com
   warnings += small_batch(program, critical)
   if recomputed:
     warnings.append(f"XLA itself computes {recomputed} operations again to save memory: it is nearly full")
-  figures = Figures(program, chip, seconds, memory, flops=flops, hbm_bytes=hbm_bytes, critical_batch=critical)
+  numbers = {"flops": flops, "hbm_bytes": hbm_bytes, "movers": tuple(movers[:MOVERS]), "critical_batch": critical}
+  numbers["cycles"] = costs.estimated_cycles(module, trips) / program.iterations
+  figures = Figures(program, chip, seconds, memory, **numbers)
   dcn_bytes = sum(one.dcn_bytes for one in collectives) / program.iterations
   traffic = hbm_bytes, asynchronous, synchronous
   bound = costs.roofline(chip, flops + program.rematerialised_flops, *traffic, dcn_bytes=dcn_bytes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -81,8 +82,9 @@ def search_training(config: ml_collections.ConfigDict, topology: Topology, curre
   """The training step with the smallest bound of those that fit.
 
   Every rematerialisation is compiled on the config's mesh, or, where it does not fit there, on the one that splits the
-  state most; then the fastest on the mesh of the smallest `fsdp` that should do: from one mesh to another memory
-  changes by the state's share alone, since a chip's images stay as many. Where nothing fits, gradients are accumulated.
+  state most; then the fastest with the smallest `fsdp` that should do and with the largest, each with both kinds of
+  gather: from one mesh to another memory changes by the state's share alone, since a chip's images stay as many. Where
+  nothing fits, gradients are accumulated.
   `current` are the figures with the config's own settings.
   """
   log.info("searching settings of the training step for %s", topology.product)
@@ -92,7 +94,8 @@ def search_training(config: ml_collections.ConfigDict, topology: Topology, curre
     least = min(held.values(), default=0) / GIB
     reason = f"the state alone takes {least:.2f} GiB of each chip on the mesh that splits it most: take more chips"
     return Proposal("", None, (), reason)
-  own = config.model.remat, current.program.mesh["fsdp"], config.train.grad_accum_steps
+  gather = config.sharding.gather
+  own = config.model.remat, current.program.mesh["fsdp"], config.train.grad_accum_steps, gather
   tried = {own: current}
 
   def attempt(*settings: str | int) -> Figures:
@@ -101,26 +104,29 @@ def search_training(config: ml_collections.ConfigDict, topology: Topology, curre
       tried[settings] = compile_program(programs.training(changed, topology), topology)
     return tried[settings]
 
-  def proposal(best: tuple[str, int, int] | None, reason: str) -> Proposal:
+  def proposal(best: tuple[str, int, int, str] | None, reason: str) -> Proposal:
     compiled = tuple((_flags(_settings(*key)), figures) for key, figures in tried.items())
     return Proposal("" if best in (None, own) else _flags(_settings(*best)), tried.get(best), compiled, reason)
 
-  def fastest() -> tuple[str, int, int] | None:
+  def fastest() -> tuple[str, int, int, str] | None:
     return min((key for key in tried if tried[key].fits), key=lambda key: tried[key].bound.seconds, default=None)
 
   start, most = own[1] if own[1] in fitting else fitting[-1], fitting[-1]
   for remat in REMAT_POLICIES:
-    figures = attempt(remat, start, own[2])
+    figures = attempt(remat, start, own[2], gather)
     if not figures.fits and figures.needed - held[start] + held[most] <= memory:
-      attempt(remat, most, own[2])
+      attempt(remat, most, own[2], gather)
   if best := fastest():
     rest = tried[best].needed - held[best[1]]
-    attempt(best[0], next(fsdp for fsdp in fitting if rest + held[fsdp] <= memory), best[2])
+    least = next(fsdp for fsdp in fitting if rest + held[fsdp] <= memory)
+    for fsdp, gather in itertools.product((least, most), sharding.GATHER):
+      if fsdp > 1 or gather == best[3]:  # nothing is gathered where nothing is split
+        attempt(best[0], fsdp, best[2], gather)
     return proposal(fastest(), "the smallest bound of those that fit")
   accumulated = 2 * own[2]
   while current.program.images % accumulated == 0:
-    if attempt("full", most, accumulated).fits:
-      return proposal(("full", most, accumulated), "nothing fits without gradient accumulation")
+    if attempt("full", most, accumulated, "layer").fits:
+      return proposal(("full", most, accumulated, "layer"), "nothing fits without gradient accumulation")
     accumulated *= 2
   return proposal(None, "not even one image on a chip fits: take more chips")
 
@@ -180,8 +186,9 @@ def _flags(settings: dict[str, Any]) -> str:
   return " ".join(f"--config.{key}={value}" for key, value in settings.items())
 
 
-def _settings(remat: str, fsdp: int, grad_accum_steps: int) -> dict[str, Any]:
-  return {"model.remat": remat, "mesh.data": -1, "mesh.fsdp": fsdp, "train.grad_accum_steps": grad_accum_steps}
+def _settings(remat: str, fsdp: int, grad_accum_steps: int, gather: str) -> dict[str, Any]:
+  settings = {"model.remat": remat, "mesh.data": -1, "mesh.fsdp": fsdp, "sharding.gather": gather}
+  return settings | {"train.grad_accum_steps": grad_accum_steps}
 
 
 def _write(topology: Topology, figures: list[Figures], proposals: dict[str, Proposal], directory: str):
@@ -200,12 +207,12 @@ def _write(topology: Topology, figures: list[Figures], proposals: dict[str, Prop
     "proposals": {kind: proposal.numbers() for kind, proposal in proposals.items()},
   }
   title = f"{topology.product} ({topology.name}), {len(topology.devices)} × {topology.chip.name}"
-  columns, headers = list(map(_cells, rows)), [topology.product, *(row["program"] for row in rows)]
+  columns, headers = list(map(cells_of, rows)), [topology.product, *(row["program"] for row in rows)]
   lines = [[label, *(column.get(label) for column in columns)] for label in max(columns, key=len)]
   text = [f"# {title}", _markdown(lines, headers), *map(_details, rows)]
   text += [f"Samples, with decoding: {sampled:.4g} images/s of a chip at the bounds."] if sampled else []
   for kind, one in proposals.items():
-    tried = [{"settings": flags.replace("--config.", "")} | _cells(figures.numbers()) for flags, figures in one.tried]
+    tried = [{"settings": flags.replace("--config.", "")} | cells_of(figures.numbers()) for flags, figures in one.tried]
     text += [_proposed(kind, one), _markdown(tried, "keys")]
   path = os.path.join(directory, topology.name.replace(":", "_"))
   write_json(path + ".json", content)
@@ -225,7 +232,7 @@ def _proposed(kind: str, proposal: Proposal) -> str:
   return f"Proposed for {kind}: `{proposal.flags}` ({proposal.reason}): {needed:.2f} GiB, bound {1e3 * seconds:.1f} ms."
 
 
-def _cells(row: dict[str, Any]) -> dict[str, str]:
+def cells_of(row: dict[str, Any]) -> dict[str, str]:
   """{column: text} of one program, from its `numbers`."""
   memory = {name: f"{size / GIB:.2f}" for name, size in row["memory"].items()}
   needed = f"{memory['needed']} of {memory['usable']}"
@@ -260,10 +267,29 @@ def _details(row: dict[str, Any]) -> str:
     line = f"- {kind}: {sent['count']:.0f}, {total:.2f} MB out of a chip, {synchronous:.2f} MB of them synchronous"
     between = f"; {sent['dcn_bytes'] / 1e6:.2f} MB to other slices" if "dcn_bytes" in sent else ""
     lines.append(line + between)
+  if row.get("estimated_cycles"):
+    million = row["estimated_cycles"] / 1e6
+    lines.append(f"- XLA's estimate: {million:.1f} million cycles one after another, without kernels and collectives")
   if "critical_batch_per_chip" in row:
     batch = row["critical_batch_per_chip"]
     lines.append(f"- critical batch: the arithmetic of {batch:.1f} images on a chip covers the traffic of any batch")
-  return "\n".join([*lines, *(f"- warning: {warning}" for warning in row["warnings"])])
+  lines += [f"- warning: {warning}" for warning in row["warnings"]]
+  if row.get("movers"):
+    lines += ["", f"What moves most of the {row['hbm_bytes'] / 1e9:.2f} GB of {row['program']} in HBM:", ""]
+    lines.append(_markdown([_mover(one) for one in row["movers"]], "keys"))
+  return "\n".join(lines)
+
+
+def _mover(one: dict[str, Any]) -> dict[str, str]:
+  """{column: text} of an instruction; of the operation in the model's code the last parts of its name."""
+  parts = [part for part in one["op"].split("/") if part not in ("while", "body", "closed_call", "checkpoint")]
+  return {
+    "GB": f"{one['bytes'] / 1e9:.3f}",
+    "times": f"{one['times']:g}",
+    "instruction": one["name"],
+    "result": one["result"],
+    "of": "/".join(parts[-4:]),
+  }
 
 
 def _picture(title: str, rows: Sequence[dict[str, Any]]) -> Image.Image:

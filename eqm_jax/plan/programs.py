@@ -97,7 +97,7 @@ def training(config: ml_collections.ConfigDict, topology: Topology) -> Program:
     fused = model.attention_form(batch_size // microbatches) in attention.KERNELS
   return Program(
     kind=TRAINING,
-    about=f"{batch_size} images a step, {images} on a chip, remat {config.model.remat}",
+    about=f"{batch_size} images a step, {images} on a chip, remat {model.remat}, gather {config.sharding.gather}",
     lower=functools.partial(step.lower, state, batch, encoder_params),
     mesh={axis: size for axis, size in mesh.shape.items() if axis != sharding.SLICES or size > 1},
     images=images,

@@ -26,18 +26,23 @@ BATCH = SAMPLES
 AXES = (*SAMPLES, WITHIN_LAYER)
 EMA = ("parameters", "devices")
 GATHER = ("layer", "step")
+AUTO_FSDP = 16  # devices; docs/plan.md compares the sizes
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
 def make_mesh(
-  data: int, fsdp: int, tensor: int, *, dcn_data: int = 1, devices: Sequence[jax.Device] | None = None
+  data: int, fsdp: int | None, tensor: int, *, dcn_data: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
   """A mesh over all devices; one of the sizes but `dcn_data` may be −1, for the rest.
+
+  With `fsdp` None it is AUTO_FSDP, or the largest part of it that divides the devices that the others leave.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices, or `dcn_data` is not the number of their slices.
   """
   devices = jax.devices() if devices is None else devices
+  if fsdp is None:
+    fsdp = math.gcd(AUTO_FSDP, len(devices) // math.prod(max(1, size) for size in (dcn_data, data, tensor)))
   sizes = [dcn_data, data, fsdp, tensor]
   described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes) if axis != SLICES or size != 1)
   if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1 or dcn_data == -1:
@@ -173,29 +178,43 @@ def state_shardings(shapes: Any, options: ml_collections.ConfigDict, mesh: Mesh)
 
 
 def gathered_blocks(params: Any, shardings: Any, dtype: str) -> Any:
-  """Parameters whose blocks are in the type of the products and whole along `fsdp`, before the loop over the blocks.
+  """The blocks' parameters in the type of the products and whole along `fsdp`, without the modulation.
 
-  Each device then holds all blocks' weights in that type. Their gradients leave the loop split as the parameters are.
-  The modulation stays split: the network computes it outside of the loop, from each device's part. The scales of
-  queries and keys, two vectors, keep their type.
+  Each device then holds all blocks' weights in that type. The modulation stays split: the network computes it outside
+  of the loop over the blocks, from each device's part. The scales of queries and keys, two vectors, keep their type.
   """
-  looped = {name: layer for name, layer in params["blocks"].items() if name not in ("modulation", "qk_norm")}
-  split = {name: shardings["blocks"][name] for name in looped}
 
   def whole(leaf, placed):
-    spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in placed.spec))
-    return jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(placed.mesh, spec))
+    shape, spec = _merged(leaf.shape, placed)
+    merged = jax.lax.with_sharding_constraint(leaf.astype(dtype).reshape(shape), NamedSharding(placed.mesh, spec))
+    spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(merged, NamedSharding(placed.mesh, spec)).reshape(leaf.shape)
+
+  return jax.tree.map(whole, *(_looped(tree) for tree in (params, shardings)))
+
+
+def with_gathered(params: Any, gathered: Any, shardings: Any) -> Any:
+  """Parameters whose blocks are those of `gathered_blocks`, but whose gradients are split and typed as `params` are.
+
+  So the gradients of each block leave the loop over the blocks split.
+  """
+  looped, split = _looped(params), _looped(shardings)
+
+  @jax.custom_vjp
+  def replace(looped, gathered):
+    return gathered
 
   def pull_back(_, gradients):
     gradients = jax.lax.with_sharding_constraint(gradients, split)
-    return (jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, looped),)
+    return jax.tree.map(lambda gradient, leaf: gradient.astype(leaf.dtype), gradients, looped), None
 
-  @jax.custom_vjp
-  def gather(layers):
-    return jax.tree.map(whole, layers, split)
+  replace.defvjp(lambda looped, gathered: (gathered, None), pull_back)
+  return {**params, "blocks": {**params["blocks"], **replace(looped, gathered)}}
 
-  gather.defvjp(lambda layers: (gather(layers), None), pull_back)
-  return {**params, "blocks": {**params["blocks"], **gather(looped)}}
+
+def _looped(params: Any) -> Any:
+  """Of a tree of parameters those that are gathered: the blocks' matrices and their biases."""
+  return {name: layer for name, layer in params["blocks"].items() if name not in ("modulation", "qk_norm")}
 
 
 def table(shapes: Any, shardings: Any) -> str:
@@ -226,6 +245,23 @@ def _spec(path: tuple, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Part
     return PartitionSpec()
   largest = max(dividing, key=lambda i: shape[i])
   return PartitionSpec(*("fsdp" if i == largest else None for i in range(len(shape))))
+
+
+def _merged(shape: tuple[int, ...], placed: NamedSharding) -> tuple[tuple[int, ...], PartitionSpec]:
+  """The shape of stacked parameters with neighbouring axes merged that are not split, and its specification.
+
+  The leading axis, of the layers, stays. A TPU stores matrices without the padding that narrow trailing axes take.
+  """
+  axes = [*placed.spec, *(None,) * (len(shape) - len(placed.spec))]
+  axes = [axis if axis and placed.mesh.shape[axis] > 1 else None for axis in axes]
+  sizes, kept = list(shape[:1]), axes[:1]
+  for i in range(1, len(shape)):
+    if i > 1 and axes[i] is None and kept[-1] is None:
+      sizes[-1] *= shape[i]
+    else:
+      sizes.append(shape[i])
+      kept.append(axes[i])
+  return tuple(sizes), PartitionSpec(*kept)
 
 
 def _also_over_data(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:

@@ -43,10 +43,14 @@ def make_step(
     key = jax.random.fold_in(state_lib.stream_key(config.seed, "steps"), state.step)
     noise = sample_noise(model, config.objective, batch["label"], key)
 
+    gathered = None
+    if config.sharding.gather == "step":
+      gathered = sharding.gathered_blocks(state.params, shardings.params, model.dtype)
+
     def loss_fn(params, microbatch):
       batch, noise = microbatch
-      if config.sharding.gather == "step":
-        params = sharding.gathered_blocks(params, shardings.params, model.dtype)
+      if gathered is not None:
+        params = sharding.with_gathered(params, gathered, shardings.params)
       batch = encode_batch(encoder, encoder_params, batch) if encoder else batch
       return loss_with_noise(model, config.objective, batch, noise, params)
 

@@ -210,7 +210,25 @@ def test_groups_of_chips_are_axes_of_the_mesh(groups, axes):
 
 def test_bytes_in_hbm_leave_out_vector_memory_and_untouched_slices():
   # A turn writes `moved` (its operands lie in vector memory), and the fusion reads it and writes one row of ten.
-  assert costs.hbm_bytes(by_hand()) == 5 * (X + X + X)
+  row, moved = costs.find_movers(by_hand())
+  assert (row.name, row.bytes, row.times, row.result) == ("stacked", 5 * 2 * X, 5, "f32[10,64,128]")
+  assert (moved.name, moved.bytes, moved.times, moved.result) == ("moved", 5 * X, 5, "f32[64,128]")
+
+
+def test_an_array_that_a_kernel_takes_several_times_is_read_once():
+  last = "  %ten = s32[]"
+  kernel = f'  %kernel = f32[64,128] custom-call(%given, %given, %low, %given), custom_call_target="kernel"\n{last}'
+  assert BY_HAND.count(last) == 1
+  (mover,) = (one for one in costs.find_movers(hlo.parse(BY_HAND.replace(last, kernel))) if one.name == "kernel")
+  assert mover.bytes == X + X / 2 + X  # two operands, one of them in bfloat16, and the result
+
+
+def test_estimates_of_the_compiler_are_added_up_as_often_as_they_run():
+  old = "kind=kLoop, calls=%updates"
+  text = BY_HAND.replace(old, old + ', backend_config={"window":[],"estimated_cycles":"70","other":"1"}')
+  last = "get-tuple-element(%loop), index=1"
+  text = text.replace(last, last + ', backend_config={"estimated_cycles":"3"}')
+  assert costs.estimated_cycles(hlo.parse(text)) == 5 * 70 + 3
 
 
 def test_text_that_is_no_program_is_refused():

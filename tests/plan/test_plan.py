@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import math
+import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +122,8 @@ def test_split_parameters_are_gathered_and_their_gradients_scattered(written):
   assert {one.axes for one in sent} == {("fsdp",)}
   moved = sum(one.bytes for one in sent if one.kind in ("all-gather", "collective-permute", "reduce-scatter"))
   once = sum(2 * leaf.size for leaf in split) * 7 / 8  # in bfloat16
-  assert 1.5 * once < moved + figures.collectives.get("all-reduce", {"bytes": 0})["bytes"] < 5 * once
+  # All but the modulation, a third of them, are gathered once and their gradients scattered.
+  assert 1.2 * once < moved + figures.collectives.get("all-reduce", {"bytes": 0})["bytes"] < 5 * once
   assert not [text for text in figures.warnings if "no sharding rule asks" in text and "together" not in text]
 
 
@@ -245,6 +248,7 @@ def stand_in(monkeypatch, memory_of):
     compiled.append(program)
     needed = sum(program.argument_bytes.values()) + memory_of(program)
     seconds = 1 + program.rematerialised_flops / program.flops + 1e-6 * program.mesh["fsdp"]
+    seconds -= 1e-7 if program.about.endswith("gather step") else 0
     bound = costs.Roofline(seconds, 0, 0, 0)
     return figures_lib.Figures(program, topology.chip, 1.0, {"needed": needed}, bound=bound)
 
@@ -253,35 +257,39 @@ def stand_in(monkeypatch, memory_of):
 
 
 def remat_of(program):
-  return program.about.rsplit(" ", 1)[1]
+  return re.search(r"remat (\w+)", program.about)[1]
 
 
 def with_memory(topology, usable: float):
   return dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, usable_memory=usable))
 
 
-def test_the_fastest_remat_that_fits_is_proposed_on_the_smallest_fsdp(monkeypatch):
+def test_the_fastest_remat_that_fits_is_proposed_with_the_fastest_mesh_and_gather(monkeypatch):
   config, topology = load_config("imagenet256", "XL/2"), with_memory(open_slice("v5e-16"), 8 * 2**30)
   config.mesh.update(data=1, fsdp=16)
+  config.sharding.gather = "layer"
   kept = {"none": 9, "dots": 7.2, "dots_no_batch": 4, "full": 1}  # GiB, beside a state of 10.06 / fsdp
   compiled, compile_program = stand_in(monkeypatch, lambda program: int(kept[remat_of(program)] * 2**30))
   found = plan.search_training(config, topology, compile_program(programs.training(config, topology), topology))
   # "dots" repeats no product, but 7.2 and a sixteenth of the state leave no reserve; an fsdp of 4 takes 2.5 beside 4.
   assert found.flags == (
-    "--config.model.remat=dots_no_batch --config.mesh.data=-1 --config.mesh.fsdp=4 --config.train.grad_accum_steps=1"
+    "--config.model.remat=dots_no_batch --config.mesh.data=-1 --config.mesh.fsdp=4 --config.sharding.gather=step "
+    "--config.train.grad_accum_steps=1"
   )
-  assert found.figures.fits and len(compiled) == 5
+  tried = {(dict(one.mesh)["fsdp"], one.about.rsplit(" ")[-1]) for one in compiled if remat_of(one) == "dots_no_batch"}
+  assert found.figures.fits and tried == {(16, "layer"), (16, "step"), (4, "layer"), (4, "step")}
+  assert len(compiled) == 7  # and the three other rematerialisations once
   proposed = load_config("imagenet256", "XL/2")
   for flag in found.flags.split():
     key, value = flag.removeprefix("--config.").split("=")
-    proposed.update_from_flattened_dict({key: value if "remat" in key else int(value)})
+    proposed.update_from_flattened_dict({key: int(value) if value.lstrip("-").isdigit() else value})
   again = compile_program(programs.training(proposed, topology), topology)
   assert again.fits and again.needed == found.figures.needed
 
 
 def test_what_fits_and_is_fastest_stays(monkeypatch):
   config, topology = load_config("imagenet256", "B/2"), open_slice("v5e-16")
-  config.model.remat = "none"
+  config.model.remat, config.mesh.fsdp = "none", 1
   _, compile_program = stand_in(monkeypatch, lambda program: 2**30)
   found = plan.search_training(config, topology, compile_program(programs.training(config, topology), topology))
   assert found.flags == "" and found.figures.fits
@@ -352,14 +360,33 @@ def test_the_published_table_is_what_compiles(tmp_path):
   if found["versions"] != expected["versions"]:
     pytest.skip(f"the table is of {expected['versions']}")
   training, published = found["programs"][0], expected["programs"][0]
+  del training["movers"]  # docs/plan.md lists them
   for row in (training, published):
     del row["compile_seconds"]
   assert training == published
 
 
+def test_the_tables_of_the_page_are_made_from_the_published_numbers(tmp_path):
+  tables = runpy.run_path(str(ROOT / "docs" / "plan_tables.py"))
+  published, text = json.loads((ROOT / "docs" / "plan.json").read_text()), (ROOT / "docs" / "plan.md").read_text()
+  for kind, beginning in (("rows", tables["ROWS"]), ("rates", tables["RATES"])):
+    assert tables["with_table"](text, beginning, tables[kind](published)) == text
+  # A plan of one program takes that program's place.
+  first = json.loads(json.dumps(published["L/2"][1]))
+  first["programs"] = [first["programs"][1] | {"images_per_second_per_chip": 7.0, "movers": []}]
+  (tmp_path / "plan").mkdir()
+  (tmp_path / "plan" / "slice.json").write_text(json.dumps(first))
+  merged = json.loads(json.dumps(published))
+  tables["merge"](merged, "L/2", tmp_path)
+  assert [one["slice"] for one in merged["L/2"]] == list(tables["SLICES"])
+  training, sampling, decoding = merged["L/2"][1]["programs"]
+  assert training == published["L/2"][1]["programs"][0] and "movers" not in sampling
+  rate = decoding["images_per_second_per_chip"]
+  assert merged["L/2"][1]["images_per_second_per_chip"] == pytest.approx(7 * rate / (7 + rate))
+
+
 def test_every_row_of_the_published_table_fits_with_the_shipped_config():
   documented = json.loads((ROOT / "docs" / "plan.json").read_text())
-  table = (ROOT / "docs" / "plan.md").read_text()
   assert set(documented) == {"B/2", "L/2", "XL/2"}
   for name, slices in documented.items():
     config = load_config("imagenet256", name)
@@ -367,11 +394,10 @@ def test_every_row_of_the_published_table_fits_with_the_shipped_config():
     for one in slices:
       assert [program["program"] for program in one["programs"]] == ["training", "sampling", "decoding"]
       mesh = sharding.make_mesh(**config.mesh, devices=open_slice(one["slice"]).devices)
-      training = one["programs"][0]
-      assert training["mesh"] == dict(mesh.shape) and f"remat {config.model.remat}" in training["about"]
+      training, sizes = one["programs"][0], {axis: size for axis, size in mesh.shape.items() if axis != sharding.SLICES}
+      settings = f"remat {config.model.remat}, gather {config.sharding.gather}"
+      assert training["mesh"] == sizes and settings in training["about"]
       assert training["images_per_chip"] * math.prod(mesh.shape.values()) == config.train.batch_size
       for program in one["programs"]:
         assert program["fits"] and program["memory"]["needed"] <= 0.95 * program["memory"]["usable"]
         assert np.isfinite(program["bound_seconds"])
-        row = f"| {name} | {one['slice']} | {program['program']} |"
-        assert row in table and f"{program['memory']['needed'] / 2**30:.2f}" in table.split(row)[1].splitlines()[0]

@@ -93,8 +93,10 @@ def test_shipped_configs_divide_over_the_slices_of_the_table(name, size):
   """Nothing else can go wrong before compilation; docs/plan.md has the figures of the compiled programs."""
   config = load_config(name, f"{size}/2")
   shapes = programs.state_shapes(config, DiT(**config.model))
-  for where in ("v5e-16", "v5e-256", "v6e-16", "v5p-16", "v4-32"):
+  split = {"v5e-16": 16, "v5e-256": 16, "v6e-16": 16, "v5p-16": 8, "v4-32": 16, "v6e-1": 1, "v5e-4": 4, "v5e-8": 8}
+  for where, fsdp in split.items():
     mesh = sharding.make_mesh(**config.mesh, devices=open_slice(where).devices)
+    assert mesh.shape["fsdp"] == fsdp
     sharding.state_shardings(shapes, config.sharding, mesh)
     sharding.batch_sharding(mesh, config.train.batch_size, config.train.grad_accum_steps)
 

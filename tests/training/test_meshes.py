@@ -108,6 +108,8 @@ def all_meshes(workdir):
   run(workdir, 1, single, "one")
   sharded = {"microbatches, sharded": {"train.grad_accum_steps": 4, **PLAIN, **MESHES[TENSOR][0]}}
   sharded["modern, sharded"] = {**MODERN, **MESHES[TENSOR][0], "sharding.gather": "step"}
+  once = {"mesh.data": -1, "mesh.fsdp": None, "sharding.gather": "step"}
+  sharded["microbatches, gathered once"] = {"train.grad_accum_steps": 2, **PLAIN, **once}
   run(workdir, 8, {name: changes for name, (changes, _) in MESHES.items() if name != SLICES} | sharded, "one")
   return workdir
 
@@ -147,7 +149,7 @@ def test_a_modern_block_is_split_over_heads_and_hidden_units(all_meshes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["microbatches", "microbatches, sharded"])
+@pytest.mark.parametrize("name", ["microbatches", "microbatches, sharded", "microbatches, gathered once"])
 def test_a_run_in_microbatches_is_the_run(all_meshes, name):
   found = differences(all_meshes, name, "plain")
   assert found["losses"] < 2e-5 and found["params"] < 1e-3

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import load_config
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from eqm_jax.networks import dit
 from eqm_jax.training import sharding, state
@@ -128,6 +128,28 @@ def test_slices_of_tpus_need_an_axis_of_their_own():
   two = devices(0, 0, 0, 0, 1, 1, 1, 1, platform="tpu", device_kind="TPU v5 lite")
   with pytest.raises(ValueError, match="mesh data=4, fsdp=2, tensor=1: .* is 2: set config.mesh.dcn_data to 2"):
     sharding.make_mesh(4, 2, 1, devices=two)
+
+
+@pytest.mark.parametrize("data, fsdp", [(-1, None), (1, None), (-1, 1)])
+def test_an_automatic_fsdp_is_what_there_are_devices_for(data, fsdp):
+  assert set(sharding.make_mesh(data, fsdp, 1).shape.values()) == {1}
+
+
+@pytest.mark.parametrize(
+  "shape, axes, tensor, merged",
+  [
+    ((28, 1152, 3, 16, 72), (None, "fsdp", None, "tensor", None), 1, ((28, 1152, 3456), (None, "fsdp", None))),
+    ((28, 16, 72, 1152), (None, "tensor", None, "fsdp"), 1, ((28, 1152, 1152), (None, None, "fsdp"))),
+    ((28, 3, 16, 72), (None, None, "tensor", None), 1, ((28, 3456), (None, None))),
+    ((28, 16, 72, 1152), (None, "tensor", None, "fsdp"), 2, None),
+    ((28, 1152, 4608), (None, "fsdp", "tensor"), 1, ((28, 1152, 4608), (None, "fsdp", None))),
+    ((28, 4608), (), 1, ((28, 4608), (None, None))),
+  ],
+)
+def test_what_is_gathered_has_its_axes_merged_where_none_of_them_is_split(shape, axes, tensor, merged):
+  placed = NamedSharding(AbstractMesh((1, 2, 16, tensor), sharding.AXES), PartitionSpec(*axes))
+  expected = merged or (shape, axes)
+  assert sharding._merged(shape, placed) == (expected[0], PartitionSpec(*expected[1]))
 
 
 # What each axis of a large parameter is split over, where each has a device to split it over.
