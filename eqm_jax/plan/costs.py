@@ -130,13 +130,15 @@ def roofline(
   return Roofline(*times, dcn)
 
 
-def critical_batch(chip: Chip, flops: float, fixed_hbm_bytes: float, fixed_link_bytes: float) -> float:
+def critical_batch(
+  chip: Chip, flops: float, fixed_hbm_bytes: float, fixed_link_bytes: float, *, fixed_dcn_bytes: float = 0.0
+) -> float:
   """The images on a chip whose arithmetic (`flops` each) takes as long as the traffic that does not grow with them.
 
   With fewer the chip waits for weights, optimizer state and gradients; with more at most for activations.
   """
-  fixed = max(fixed_hbm_bytes / chip.memory_bandwidth, fixed_link_bytes / chip.link_bandwidth)
-  return fixed * chip.flops / flops
+  bound = roofline(chip, 0.0, fixed_hbm_bytes, fixed_link_bytes, 0.0, dcn_bytes=fixed_dcn_bytes)
+  return bound.seconds * chip.flops / flops
 
 
 def rematerialised_flops(model: DiT, fused: bool = False) -> int:

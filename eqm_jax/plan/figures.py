@@ -146,7 +146,9 @@ def _read(program: Program, chip: Chip, seconds: float, compiled: jax.stages.Com
   flops = compiled.cost_analysis()["flops"] if program.flops is None else program.flops
   names = [instruction.name for part in module.computations.values() for instruction in part.instructions]
   recomputed = sum(bool(RECOMPUTED.search(name)) for name in names)
-  critical = costs.critical_batch(chip, flops / program.images, program.fixed_hbm, asynchronous + synchronous)
+  dcn_bytes = sum(one.dcn_bytes for one in collectives) / program.iterations
+  links = asynchronous + synchronous
+  critical = costs.critical_batch(chip, flops / program.images, program.fixed_hbm, links, fixed_dcn_bytes=dcn_bytes)
   warnings = replicated(program.state, program.mesh, chip.usable_memory)
   if program.state is not None:
     warnings += resharding(collectives, ParameterShapes(program.state.params, program.mesh))
@@ -156,7 +158,6 @@ def _read(program: Program, chip: Chip, seconds: float, compiled: jax.stages.Com
   numbers = {"flops": flops, "hbm_bytes": hbm_bytes, "movers": tuple(movers[:MOVERS]), "critical_batch": critical}
   numbers["cycles"] = costs.estimated_cycles(module, trips) / program.iterations
   figures = Figures(program, chip, seconds, memory, **numbers)
-  dcn_bytes = sum(one.dcn_bytes for one in collectives) / program.iterations
   traffic = hbm_bytes, asynchronous, synchronous
   bound = costs.roofline(chip, flops + program.rematerialised_flops, *traffic, dcn_bytes=dcn_bytes)
   return dataclasses.replace(figures, collectives=costs.by_kind(collectives), bound=bound, warnings=tuple(warnings))
