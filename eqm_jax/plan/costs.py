@@ -153,7 +153,7 @@ def rematerialised_flops(model: DiT, fused: bool = False) -> int:
       is never repeated.
   """
   attention = 4 * (model.input_size // model.patch_size) ** 4 * model.width
-  block = flops_lib.forward(model.clone(depth=2)) - flops_lib.forward(model.clone(depth=1))
+  block = flops_lib.forward(model.clone(depth=2, unroll=1)) - flops_lib.forward(model.clone(depth=1, unroll=1))
   block -= 12 * model.width**2  # its modulation is computed before the loop
   repeated = {"none": 0, "dots": 0, "dots_no_batch": attention, "full": block}[model.remat]
   if fused:
