@@ -85,7 +85,8 @@ def test_rematerialised_flops_are_those_that_are_traced_beyond_the_formula(remat
   repeated = costs.rematerialised_flops(model, fused)
   assert (repeated == 0) == (remat in ("none", "dots") and not fused)
   assert counted(model) - counted(plain) == repeated
-  assert costs.rematerialised_flops(model.clone(depth=4, unroll=2), fused) == 2 * repeated  # the loop's form is no matter
+  in_pairs = model.clone(depth=4, unroll=2)  # the form of the loop does not matter
+  assert costs.rematerialised_flops(in_pairs, fused) == 2 * repeated
   np.testing.assert_allclose(flops_lib.training(plain), counted(plain), rtol=1e-3)  # one time embedding for the batch
 
 
