@@ -188,7 +188,7 @@ def damage_shard(directory):
       "manifest.json is of other latents: options: .*'size': 32.*'size': 16",
     ),
     ("train", None, {"prepare.dtype": "bfloat16"}, "dtype: 'float16' saved"),
-    ("train", None, {"model.input_size": 4}, r"samples of shape \(8, 8, 4\), but the model takes \(4, 4, 4\)"),
+    ("train", None, {"model.input_size": 4}, "model.input_size: 8 in the workdir, 4 in this config"),
     ("train", damage_shard, {}, "its SHA-256 is not that of manifest.json"),
     ("prepare", damage_shard, {}, "its SHA-256 is not that of manifest.json"),
   ],
@@ -204,11 +204,18 @@ def test_links_that_do_not_fit_are_refused(directory, mode, harm, changes, messa
 
 
 @pytest.mark.slow
+def test_latents_of_another_shape_than_the_models_are_refused(directory):
+  config = small(directory)
+  config.model.input_size = 4
+  with pytest.raises(ValueError, match=r"samples of shape \(8, 8, 4\), but the model takes \(4, 4, 4\)"):
+    modes.run("train", config, str(directory / "another_run"))
+
+
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_latents_of_another_autoencoder(directory):
   replace_autoencoder(directory)
   forget_latents(directory)
   config = small(directory)
-  config.train.steps = 3
   with pytest.raises(ValueError, match="run is of latents of the autoencoder 'photographs'"):
     modes.run("train", config, str(directory / "run"))
 

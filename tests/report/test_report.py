@@ -174,7 +174,7 @@ def test_options_beyond_the_paper_have_a_page_with_their_own_models(tmp_path):
   config.report.update(num_samples=20, batch_size=20, max_nfe=4, num_held_out=10)
   modes.run("report", config, str(tmp_path))
   claims = json.loads((tmp_path / "report.json").read_text())["claims"]
-  assert list(claims) == list(config.report.text.claims)
+  assert set(claims) == set(config.report.text.claims)
   assert {path.name for path in (tmp_path / "models").iterdir()} == {f"{name}-0" for name in {*GAMMAS, "modern"}}
   assert [row[:2] for row in claims["gammas"]["rows"]] == [list(pair) for pair in GAMMAS.values()]
   assert all((tmp_path / "figures" / f"{name}.png").exists() for name in claims)
