@@ -25,8 +25,8 @@ DEVICES = {"pallas": "tpu", "cudnn": "gpu"}  # platforms that a form runs on; th
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # name of JAX's operation for cuDNN's forward pass
 OPERAND, RESULT = "attention_operand", "attention_result"  # around the kernel: names for rematerialisation
 # Mesh axes that activations are sharded over: along samples, the first one over slices, and within a layer.
-SLICES, WITHIN_LAYER = "dcn_data", "tensor"
-SAMPLES = (SLICES, "data", "fsdp")
+SLICES, SPLITS_PARAMETERS, WITHIN_LAYER = "dcn_data", "fsdp", "tensor"
+SAMPLES = (SLICES, "data", SPLITS_PARAMETERS)
 
 log = logging.getLogger(__name__)
 

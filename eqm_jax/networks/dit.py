@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from eqm_jax import checks
 from eqm_jax.networks import attention, cpu_blocks, query_key
-from eqm_jax.networks.attention import SAMPLES, SLICES, WITHIN_LAYER
+from eqm_jax.networks.attention import SAMPLES, SLICES, SPLITS_PARAMETERS, WITHIN_LAYER
 from eqm_jax.trees import path_name
 
 # depth, width, num_heads of the published sizes; the patch size follows the slash in a name: "XL/2".
@@ -469,13 +469,14 @@ def _all_modulations(layer, condition_BxD: jax.Array, dtype) -> jax.Array:
 
   Their kernels are a third of the parameters, and their input is one vector a sample. So on a mesh each device computes
   a part of the outputs for all samples of its slice: then the kernels' gradients need no sum over devices but those
-  of other slices.
+  of other slices. Where every device has the kernels whole, their gradients would have to be gathered instead.
   """
   kernel_LxDxN, bias_LxN = (layer[name].astype(dtype) for name in ("kernel", "bias"))
   out_LxBxN = jnp.einsum("BD,LDN->LBN", nn.silu(condition_BxD), kernel_LxDxN) + bias_LxN[:, None]
   sizes = jax.sharding.get_abstract_mesh().shape
   within_slice = tuple(axis for axis in SAMPLES if axis != SLICES)
-  if kernel_LxDxN.shape[-1] % math.prod(sizes.get(axis, 1) for axis in within_slice) == 0:
+  divides = kernel_LxDxN.shape[-1] % math.prod(sizes.get(axis, 1) for axis in within_slice) == 0
+  if divides and sizes.get(SPLITS_PARAMETERS, 1) > 1:
     out_LxBxN = _constrain(out_LxBxN, None, SLICES, within_slice)
   return _constrain(out_LxBxN, None, SAMPLES)
 

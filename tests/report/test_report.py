@@ -11,6 +11,7 @@ from eqm_jax import modes
 from eqm_jax.networks import flops
 from eqm_jax.networks.dit import BLOCK_OPTIONS, DiT
 from eqm_jax.report import lab, page, report
+from eqm_jax.report.landscape_claims import READ_OUT
 from eqm_jax.report.training_claims import GAMMAS
 
 CLAIM = {
@@ -175,7 +176,8 @@ def test_options_beyond_the_paper_have_a_page_with_their_own_models(tmp_path):
   modes.run("report", config, str(tmp_path))
   claims = json.loads((tmp_path / "report.json").read_text())["claims"]
   assert set(claims) == set(config.report.text.claims)
-  assert {path.name for path in (tmp_path / "models").iterdir()} == {f"{name}-0" for name in {*GAMMAS, "modern"}}
+  models = {*GAMMAS, "modern", *READ_OUT.values()}
+  assert {path.name for path in (tmp_path / "models").iterdir()} == {f"{name}-0" for name in models}
   assert [row[:2] for row in claims["gammas"]["rows"]] == [list(pair) for pair in GAMMAS.values()]
   assert all((tmp_path / "figures" / f"{name}.png").exists() for name in claims)
   costs = claims["modern_block"]["numbers"]["costs"]
