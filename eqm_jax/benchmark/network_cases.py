@@ -19,8 +19,7 @@ from eqm_jax.benchmark.results import Row
 from eqm_jax.checkpoints.pretrained import Pretrained
 from eqm_jax.data.codec import Codec
 from eqm_jax.equilibrium import field as field_lib
-from eqm_jax.equilibrium import meshes, sampler, streaming
-from eqm_jax.evaluation import evaluator
+from eqm_jax.equilibrium import meshes, objective, sampler, streaming
 from eqm_jax.networks import flops
 from eqm_jax.networks.dit import DiT
 from eqm_jax.sampling import generator as generator_lib
@@ -273,7 +272,7 @@ def _trained_descents(w: Workspace, count: int) -> Descents | None:
     return None
   name, row = adaptive[0], w.config.samplers[adaptive[0]]
   key = state_lib.stream_key(w.config.evaluation.seed, "samples")
-  schedule = evaluator.schedule_of(w.config)
+  schedule = objective.schedule_of(w.config.objective)
   length = sampler.auto_length(schedule)
   generator = Generator(w.trained.model, w.trained.params, key, w.batch_size, schedule.multiplier, length)
   options = generator.descent_options(row)

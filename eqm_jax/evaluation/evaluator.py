@@ -152,11 +152,6 @@ def flat(metrics: dict[str, dict[str, float | None]]) -> dict[str, float]:
   return {name: value for name, value in named.items() if value is not None}
 
 
-def schedule_of(config: ml_collections.ConfigDict) -> objective.Schedule:
-  """c(γ) of the model that a config trains; flow matching has c ≡ 1."""
-  return objective.schedule_of(config.objective)
-
-
 def versions() -> dict[str, str]:
   """Versions of Python and of the packages that results depend on, for reports."""
   packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
@@ -291,8 +286,8 @@ def _plot_trajectories(config, generator: Generator, reference: ReferenceData, d
     return
   row = config.samplers[config.evaluation.plot_sampler]
   if reference.in_plane:
-    density = gamma.GammaDensity(**config.objective.gamma)
-    optimal = oracle.oracle_field(reference.real_N[: plane.ORACLE_POINTS], schedule_of(config), density=density)
+    density, schedule = gamma.GammaDensity(**config.objective.gamma), objective.schedule_of(config.objective)
+    optimal = oracle.oracle_field(reference.real_N[: plane.ORACLE_POINTS], schedule, density=density)
     plane.plot(generator, row, reference.real_N, optimal, directory)
     return
   num_classes = generator.model.num_classes

@@ -12,8 +12,7 @@ from eqm_jax.data import codec as codec_lib
 from eqm_jax.data import sources
 from eqm_jax.data.codec import Codec, check_same_autoencoder
 from eqm_jax.data.samples import Source
-from eqm_jax.equilibrium import sampler
-from eqm_jax.evaluation import evaluator
+from eqm_jax.equilibrium import objective, sampler
 from eqm_jax.networks.dit import DiT
 from eqm_jax.sampling.generator import Generator
 from eqm_jax.training import state
@@ -78,7 +77,7 @@ def make_generator(
 
   Without `params` it cannot sample, but check samplers.
   """
-  schedule = evaluator.schedule_of(config)
+  schedule = objective.schedule_of(config.objective)
   return Generator(
     model=model,
     params=params,

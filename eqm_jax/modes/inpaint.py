@@ -7,9 +7,8 @@ import ml_collections
 import numpy as np
 
 from eqm_jax.data import arrays
-from eqm_jax.equilibrium import tasks
+from eqm_jax.equilibrium import objective, tasks
 from eqm_jax.equilibrium.sampler import Result
-from eqm_jax.evaluation import evaluator
 from eqm_jax.evaluation.reference_data import MAX_FEATURES
 from eqm_jax.modes import Mode
 from eqm_jax.modes.task import COLUMNS, Task, mean_square, open_task
@@ -49,7 +48,7 @@ def _descend(
 ) -> Result:
   generator, options = task.generator, task.options.inpaint
   settings = {"gamma": options.gamma, "settle": options.settle, "tries": options.tries}
-  settings |= {"schedule": evaluator.schedule_of(task.config), **generator.descent_options(row)}
+  settings |= {"schedule": objective.schedule_of(task.config.objective), **generator.descent_options(row)}
   field = generator.field(row)
 
   def paint(index):

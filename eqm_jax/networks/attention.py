@@ -93,9 +93,9 @@ def platform() -> str:
   return device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
 
 
-def _unfit_mesh(qkv) -> str:
-  """What each device cannot take its part of; "" if it can."""
-  (B, _, _, H, _), mesh, sizes = qkv.shape, jax.sharding.get_abstract_mesh(), _split_axes()
+def _unfit_mesh(B: int, H: int) -> str:
+  """What of B samples and H heads each device cannot take its part of; "" if it can."""
+  mesh, sizes = jax.sharding.get_abstract_mesh(), _split_axes()
   if AxisType.Explicit in mesh.axis_types or set(sizes) - {*SAMPLES, WITHIN_LAYER}:
     return f"a mesh of axes {mesh.axis_names} with types {mesh.axis_types}"
   samples, heads = math.prod(sizes.get(axis, 1) for axis in SAMPLES), sizes.get(WITHIN_LAYER, 1)
@@ -106,10 +106,10 @@ def _unfit(qkv, form: str, automatic: bool) -> str:
   """What the kernel for TPUs does not take about an array; "" if it takes it."""
   from eqm_jax.networks import attention_kernel
 
-  _, T, _, H, K = qkv.shape
+  B, T, _, H, K = qkv.shape
   if automatic and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
     return "arrays on devices that are not known while it is traced (in the context of a mesh they are)"
-  if reason := _unfit_mesh(qkv):
+  if reason := _unfit_mesh(B, H):
     return reason
   heads = _split_axes().get(WITHIN_LAYER, 1)
   if qkv.dtype not in (jnp.bfloat16, jnp.float32) or attention_kernel.unfit(T, K):
@@ -142,8 +142,7 @@ def _values(form: str, num_heads: int, qkv: jax.Array) -> jax.Array:
   if form in KERNELS:
     return _fused(form, num_heads, qkv)
   of_jax = functools.partial(_of_jax, form)
-  heads = jax.ShapeDtypeStruct((*qkv.shape[:2], 3, num_heads, 1), qkv.dtype)
-  on_each_device = form == "cudnn" and not _unfit_mesh(heads)  # in other meshes JAX splits it
+  on_each_device = form == "cudnn" and not _unfit_mesh(len(qkv), num_heads)  # in other meshes JAX splits it
   return _on_each_device(of_jax, num_heads, qkv) if on_each_device else of_jax(num_heads, qkv)
 
 

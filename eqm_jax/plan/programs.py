@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eqm_jax.data import codec
 from eqm_jax.equilibrium import field as field_lib
-from eqm_jax.equilibrium import sampler, streaming
-from eqm_jax.evaluation import evaluator, validation
+from eqm_jax.equilibrium import objective, sampler, streaming
+from eqm_jax.evaluation import validation
 from eqm_jax.networks import attention, autoencoder, dit
 from eqm_jax.networks import flops as flops_lib
 from eqm_jax.plan import costs
@@ -116,7 +116,7 @@ def sampling(config: ml_collections.ConfigDict, topology: Topology) -> Program:
   model, options = dit.DiT(**config.model), config.evaluation
   name = validation.evaluated_samplers(config)[0]
   row = config.samplers[name]
-  multiplier = evaluator.schedule_of(config).multiplier
+  multiplier = objective.schedule_of(config.objective).multiplier
   generator = generator_lib.Generator(model, None, jax.random.key(options.seed), options.batch_size, multiplier)
   generator.check(name, row)
   mesh, replicated = _one_chip(topology)

@@ -11,8 +11,8 @@ from eqm_jax.checkpoints import manager as checkpoint_manager
 from eqm_jax.checkpoints import pretrained
 from eqm_jax.data import samples as samples_lib
 from eqm_jax.data import sources
-from eqm_jax.equilibrium import sampler
-from eqm_jax.evaluation import evaluator, metrics
+from eqm_jax.equilibrium import objective, sampler
+from eqm_jax.evaluation import metrics
 from eqm_jax.evaluation.features import PixelClassifier
 from eqm_jax.sampling import applications, labels
 from eqm_jax.sampling.generator import Generator, Samples
@@ -130,7 +130,7 @@ class Lab:
     config = self.models.config(name, 0)
     defaults = {
       "rule": "euler" if config.objective.kind == "flow_matching" else "gd",
-      "step_size": self.options.step_size * MULTIPLIER / evaluator.schedule_of(config).multiplier,
+      "step_size": self.options.step_size * MULTIPLIER / objective.schedule_of(config.objective).multiplier,
       "momentum": 0.0,
       "max_nfe": self.options.max_nfe,
       "threshold": None,
@@ -142,7 +142,7 @@ class Lab:
     """The generator of a model, with the random key of its seed."""
     if (name, seed) not in self._generators:
       loaded = self.models.load(name, seed)
-      schedule = evaluator.schedule_of(self.models.config(name, seed))
+      schedule = objective.schedule_of(self.models.config(name, seed).objective)
       self._generators[name, seed] = Generator(
         model=loaded.model,
         params=loaded.params,

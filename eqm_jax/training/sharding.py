@@ -3,8 +3,7 @@
 Axes: `data` splits the batch; `fsdp` splits the batch and the parameters; `tensor`
 splits the parameters within a layer. `dcn_data` splits the batch over slices of TPUs or nodes of GPUs, whose
 network is slow: all that crosses it is the sum of the gradients and, with the dispersive loss, the activations of the
-last block. The network constrains its activations in the same
-way (networks.dit).
+last block. The network constrains its activations in the same way (networks.dit).
 """
 
 import math
