@@ -23,7 +23,7 @@ def get_config(variant: str = ""):
   config.data.options = dict(size=32, part="train", skin_tones=False)
   config.model.update(input_size=32, channels=3, width=256, depth=6, num_heads=8, num_classes=9, unroll=6)
   config.optimizer.update(learning_rate=1e-3, warmup_steps=300, clip_norm=1.0, ema_decay=0.999)
-  config.train.update(steps=7500, batch_size=32)
+  config.train.update(steps=12_000, batch_size=32)
   config.checkpoint.every = 250  # every few minutes
   config.samplers = dict(
     adaptive=base.sampler(threshold=20.0),

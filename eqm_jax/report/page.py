@@ -70,6 +70,17 @@ def plot_lines(path: str, x: Sequence[float], curves: Mapping[str, Sequence[Sequ
   figure.savefig(path, dpi=DPI)
 
 
+def plot_tradeoff(path: str, curves: Mapping[str, tuple[Sequence, Sequence]], **axes: Any):
+  """A line through the points of each curve, (x, y) of [X][seeds] each: means over the seeds, and a dot for each."""
+  figure, panel = plotting.figure(*SIZE)
+  for name, (x, y) in curves.items():
+    (line,) = panel.plot(np.mean(x, axis=1), np.mean(y, axis=1), label=name)
+    panel.plot(np.ravel(x), np.ravel(y), ".", markersize=4, color=line.get_color())
+  panel.set(**axes)
+  panel.legend(fontsize="small")
+  figure.savefig(path, dpi=DPI)
+
+
 def plot_bars(path: str, bars: Mapping[str, Sequence[float]], *, xlabel: str):
   """One bar for each name: the mean over seeds, and a dot for every seed."""
   figure, panel = plotting.figure(*SIZE)

@@ -45,6 +45,7 @@ CLAIMS = {  # in the order of the page
   "step_sizes": _Measurement(sampling_claims.step_sizes, 6, ("eqm", "flow_matching")),
   "adaptive": _Measurement(sampling_claims.adaptive, 2),
   "more_steps": _Measurement(sampling_claims.more_steps, 3),
+  "wall_clock": _Measurement(sampling_claims.wall_clock, 6, tuple(sampling_claims.TITLES)),
   "denoising": _Measurement(landscape_claims.denoising, 3, ("eqm", "flow_matching")),
   "outlier_detection": _Measurement(landscape_claims.outlier_detection, 0.5, ("eqm", "dot", "flow_matching_untimed")),
   "composition": _Measurement(landscape_claims.composition, 2),

@@ -1,4 +1,4 @@
-"""Claims about sampling: update rules, NFE, step sizes, adaptive compute, and descending for too long."""
+"""Claims about sampling: update rules, NFE, step sizes, adaptive compute, descending for too long, and seconds."""
 
 from typing import Any
 
@@ -9,16 +9,29 @@ import numpy as np
 from eqm_jax.equilibrium import ode
 from eqm_jax.equilibrium.field import Field
 from eqm_jax.report.lab import FAILS, HOLDS, PARTLY, Lab, all_of, lower, some_of, spread
-from eqm_jax.report.page import plot_histogram, plot_lines
+from eqm_jax.report.page import plot_histogram, plot_lines, plot_tradeoff
 
 FACTORS = (0.4, 0.7, 1.0, 1.5, 2.0, 2.5)  # of the step size, as in the paper
 PAPER_NFE, PAPER_COUNTS = 249, (10, 25, 50, 100, 249)  # scaled to report.max_nfe
 REPEATS = 3  # of a timed sampling, of which the median counts
+ETA_FACTORS = (1, 2, 4, 8)  # of the step size of descents that stop at their threshold
+TITLES = {
+  "eqm": "EqM",
+  "flow_matching": "flow matching",
+  "flow_matching_untimed": "flow matching without time",
+}
+
+Setting = tuple[str, str, str]  # of a timed sampling: model, sampler, budget
+
+
+def _counts(lab: Lab) -> list[int]:
+  """The paper's numbers of evaluations, as fractions of the report's full descent."""
+  return [max(2, round(count / PAPER_NFE * lab.options.max_nfe)) for count in PAPER_COUNTS]
 
 
 def few_steps(lab: Lab) -> dict[str, Any]:
   """GD against NAG from few evaluations to many."""
-  counts = [max(2, round(count / PAPER_NFE * lab.options.max_nfe)) for count in PAPER_COUNTS]
+  counts = _counts(lab)
   rules = {"GD": {"rule": "gd"}, "NAG, μ = .3": {"rule": "nag", "momentum": 0.3}}
   frechet = {
     title: [lab.metrics("eqm", step_size="auto", max_nfe=count, **rule)["frechet"] for count in counts]
@@ -150,3 +163,82 @@ def more_steps(lab: Lab) -> dict[str, Any]:
     "figures": {"more_steps.png": f"Fréchet distance and ‖f‖ by NFE, η = {lab.options.step_size:g}."},
     "numbers": metrics,
   }
+
+
+def wall_clock(lab: Lab) -> dict[str, Any]:
+  """Seconds of sampling until a Fréchet distance that EqM and both baselines reach."""
+  settings = _timed_settings(lab)
+  frechet, seconds = ({setting: [] for setting in settings} for _ in range(2))
+  for seed in lab.seeds:  # all in turn, so that a disturbance affects all
+    for setting, changes in settings.items():
+      samples = lab.sample(setting[0], seed, again=True, **changes)
+      frechet[setting].append(lab.frechet(samples.result.x))
+      seconds[setting].append(samples.seconds)
+  lowest, fastest = at_equal_quality(frechet, seconds)
+  target_S = np.max(list(lowest.values()), axis=0)
+  rows, numbers = [], {}
+  for model, title in TITLES.items():
+    taken = [seconds[setting][seed] for seed, setting in enumerate(fastest[model])]
+    choices = ", ".join(dict.fromkeys(f"{sampler}, {budget}" for _, sampler, budget in fastest[model]))
+    rows.append([title, *map(spread, (lowest[model], target_S)), spread(taken, 2), choices])
+    numbers[model] = {"lowest": lowest[model], "seconds": taken}
+  curves = {}
+  for setting in settings:
+    x, y = curves.setdefault(f"{TITLES[setting[0]]}, {setting[1]}", ([], []))
+    x.append(seconds[setting])
+    y.append(frechet[setting])
+  axes = {"xlabel": f"seconds of {len(lab.labels)} samples", "ylabel": "Fréchet distance"}
+  plot_tradeoff(lab.path("wall_clock.png"), curves, xscale="log", yscale="log", **axes)
+  eqm, *others = (one["seconds"] for one in numbers.values())
+  return {
+    "criterion": "Seconds until a Fréchet distance at most that which each of the three models reaches with its best "
+    "sampler, for each seed: EqM against each baseline, beyond the spread.",
+    "verdict": some_of([lower(eqm, other) for other in others]),
+    "columns": ["model", "its lowest Fréchet ↓", "distance to reach", "seconds to it ↓", "with (one for each seed)"],
+    "rows": rows,
+    "figures": {"wall_clock.png": "Fréchet distance by the time of sampling; mean of the seeds."},
+    "notes": [f"Seconds of {len(lab.labels)} samples on {jax.devices()[0].device_kind}, compilation left out."],
+    "numbers": {
+      "models": numbers,
+      "curves": {title: {"seconds": x, "frechet": y} for title, (x, y) in curves.items()},
+    },
+  }
+
+
+def at_equal_quality(
+  frechet: dict[Setting, list[float]], seconds: dict[Setting, list[float]]
+) -> tuple[dict[str, list[float]], dict[str, list[Setting]]]:
+  """Each model's lowest Fréchet distance, and its fastest setting at the distance that all models reach; by seed."""
+  by_model: dict[str, list[Setting]] = {}
+  for setting in frechet:
+    by_model.setdefault(setting[0], []).append(setting)
+  lowest = {model: np.min([frechet[one] for one in own], axis=0).tolist() for model, own in by_model.items()}
+  fastest: dict[str, list[Setting]] = {model: [] for model in by_model}
+  for seed, target in enumerate(np.max(list(lowest.values()), axis=0)):
+    for model, own in by_model.items():
+      reaching = [one for one in own if frechet[one][seed] <= target]
+      fastest[model].append(min(reaching, key=lambda one, s=seed: seconds[one][s]))
+  return lowest, fastest
+
+
+def _timed_settings(lab: Lab) -> dict[Setting, dict[str, Any]]:
+  """Changes of a sampler row, from few evaluations to many."""
+  auto, nag = {"step_size": "auto"}, {"rule": "nag", "momentum": 0.3}
+  samplers = {
+    ("eqm", "GD"): auto,
+    ("eqm", "NAG μ = .3"): {**nag, **auto},
+    ("flow_matching", "Euler"): {},
+    ("flow_matching", "Heun"): {"rule": "heun"},
+    ("flow_matching_untimed", "Euler"): {},
+    ("flow_matching_untimed", "Heun"): {"rule": "heun"},
+  }
+  settings = {
+    (*key, f"{count} NFE"): {**changes, "max_nfe": count}
+    for key, changes in samplers.items()
+    for count in _counts(lab)
+  }
+  stop = {"threshold": lab.options.threshold, "batching": "continuous"}
+  for factor in ETA_FACTORS:
+    step_size = factor * lab.options.step_size
+    settings["eqm", "GD to its threshold", f"η = {step_size:g}"] = {**stop, "step_size": step_size}
+  return settings

@@ -12,6 +12,7 @@ from eqm_jax.networks import flops
 from eqm_jax.networks.dit import BLOCK_OPTIONS, DiT
 from eqm_jax.report import lab, page, report
 from eqm_jax.report.landscape_claims import READ_OUT
+from eqm_jax.report.sampling_claims import TITLES, at_equal_quality
 from eqm_jax.report.training_claims import GAMMAS
 
 CLAIM = {
@@ -45,6 +46,16 @@ def test_claims_of_several_parts():
 
 def test_the_spread_is_that_of_a_sample():
   assert lab.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and lab.spread([1.0]) == "1.000 ± 0.000"
+
+
+def test_the_time_to_a_distance_that_all_models_reach():
+  """By seed: the second model's best distance is the goal at seed 0, the first one's at seed 1."""
+  fast, slow, other = ("a", "gd", "10"), ("a", "gd", "50"), ("b", "euler", "10")
+  frechet = {fast: [1.9, 3.0], slow: [1.0, 2.5], other: [2.0, 1.0]}
+  seconds = {fast: [1.0, 1.0], slow: [5.0, 5.0], other: [2.0, 2.0]}
+  lowest, fastest = at_equal_quality(frechet, seconds)
+  assert lowest == {"a": [1.0, 2.5], "b": [2.0, 1.0]}
+  assert fastest == {"a": [fast, slow], "b": [other, other]}
 
 
 def test_the_page_shows_every_part_escaped():
@@ -176,7 +187,7 @@ def test_options_beyond_the_paper_have_a_page_with_their_own_models(tmp_path):
   modes.run("report", config, str(tmp_path))
   claims = json.loads((tmp_path / "report.json").read_text())["claims"]
   assert set(claims) == set(config.report.text.claims)
-  models = {*GAMMAS, "modern", *READ_OUT.values()}
+  models = {*GAMMAS, "modern", *READ_OUT.values(), *TITLES}
   assert {path.name for path in (tmp_path / "models").iterdir()} == {f"{name}-0" for name in models}
   assert [row[:2] for row in claims["gammas"]["rows"]] == [list(pair) for pair in GAMMAS.values()]
   assert all((tmp_path / "figures" / f"{name}.png").exists() for name in claims)
