@@ -149,7 +149,12 @@ def asymmetry(field: FieldFn, x: jax.Array, key: jax.Array, probes: int = 16) ->
     x: where, [B, ...].
     key: of the probes.
     probes: their number; the relative error is about 1/√(probes·dimension).
+
+  Raises:
+    ValueError: for a field that was made with a read-out.
   """
+  if isinstance(jax.eval_shape(field, x), tuple):
+    raise ValueError("the field returns (f, γ̂), and f alone is needed: make it without `readout`")
   run = functools.partial(_asymmetry, probes=probes)
   out_specs = PartitionSpec(*meshes.spec_of(x)[:1])
   return meshes.call(run, (as_pytree(field), x, key), like=x, out_specs=out_specs)

@@ -20,6 +20,7 @@ from eqm_jax import checks
 from eqm_jax.equilibrium.objective import Piece, Schedule, magnitude
 
 KINDS = ("uniform", "logit_normal", "consistent")
+ROUNDING, LARGEST_SHARE_AT_DATA = 2.0**-24, 0.5  # 1 − γ that float32 does not tell from 0, and the mass below it
 # Of the quadrature over logit(γ), in deviations from its mean, and for each of them; beyond lies 1e-23 of the mass.
 REACH, NODES = 10.0, 32
 
@@ -63,7 +64,7 @@ def check(density: GammaDensity, schedule: Schedule):
   """Refuses a density that does not exist for this c(γ).
 
   Raises:
-    ValueError: for "consistent" without a floor where 1/c cannot be normalised.
+    ValueError: for "consistent" without a floor where 1/c cannot be normalised, or has most of its mass at γ = 1.
   """
   if density.kind == "consistent":
     _segments(density.floor, schedule)
@@ -181,6 +182,14 @@ def _segments(floor: float, schedule: Schedule) -> tuple[_Segment, ...]:
       f"schedule.kind = {schedule.kind!r}, for 1/c cannot be normalised: set a floor such as 0.05, or choose "
       "'self_stopping', or 'power' with an exponent below 1"
     )
+  last = segments[-1]
+  if last.piece.last == 0 and not last.floor:
+    share = last.piece.since(1 - ROUNDING).integral(-1) / sum(segment.mass for segment in segments)
+    if share > LARGEST_SHARE_AT_DATA:
+      raise ValueError(
+        f"gamma.floor = {floor} leaves {share:.0%} of γ at 1 to rounding, where the target is zero, with gamma.kind = "
+        f"'consistent' and schedule.exponent = {schedule.exponent}: set a floor such as 0.05, or a smaller exponent"
+      )
   return tuple(segments)
 
 

@@ -249,7 +249,8 @@ def _write_neighbours(path: str, store: SampleStore, reference: ReferenceData):
   found = reference.neighbours(store, len(rows["samples"]))
   if not found:
     return
-  rows |= {f"nearest real images, {name}": images for name, images in found.items()}
+  height, width = rows["samples"].shape[1:3]
+  rows |= {f"nearest real images, {name}": _resized(images, height, width) for name, images in found.items()}
   shown, captions = [], []
   for first in range(0, len(rows["samples"]), NEIGHBOUR_COLUMNS):
     for name, images in rows.items():
@@ -259,6 +260,14 @@ def _write_neighbours(path: str, store: SampleStore, reference: ReferenceData):
       )
       captions += plotting.row_captions([name], NEIGHBOUR_COLUMNS)
   plotting.grid(np.concatenate(shown), NEIGHBOUR_COLUMNS, captions=captions).save(path)
+
+
+def _resized(images: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Real images at the size of samples: features of published networks compare images of different sizes."""
+  if images.shape[1:3] == (height, width):
+    return images
+  pixels = (Image.fromarray(one) for one in plotting.to_uint8(images))
+  return np.stack([np.asarray(one.resize((width, height), Image.Resampling.BICUBIC)) for one in pixels])
 
 
 def _points(store: SampleStore) -> np.ndarray:

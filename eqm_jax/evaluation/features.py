@@ -206,9 +206,17 @@ def published(options: ml_collections.ConfigDict) -> list[str]:
 
 
 def references(options: ml_collections.ConfigDict) -> dict[str, str]:
-  """{name of a published network among the features: file of the real images' statistics}, where one is given."""
+  """{name of a published network among the features: file of the real images' statistics}, where one is given.
+
+  Raises:
+    ValueError: if two networks have the same file.
+  """
   sections = {name: options[name] for name in published(options)}
-  return {name: requested.reference for name, requested in sections.items() if requested.reference}
+  files = {name: requested.reference for name, requested in sections.items() if requested.reference}
+  if len({os.path.realpath(os.path.expanduser(path)) for path in files.values()}) < len(files):
+    keys = " and ".join(f"evaluation.{name}.reference" for name in files)
+    raise ValueError(f"{keys} are one file, {next(iter(files.values()))!r}: give each network's statistics their own")
+  return files
 
 
 def open_features(

@@ -58,11 +58,15 @@ def check_before_training(config: ml_collections.ConfigDict):
     ValueError: naming the sampler.
   """
   during = config.evaluation.during_training
-  for name in evaluated_samplers(config) + [during.sampler] * (during.every is not None):
+  plotted = config.evaluation.plot_sampler
+  named = {name: "evaluation.samplers" for name in evaluated_samplers(config)}
+  named |= {during.sampler: "evaluation.during_training.sampler"} if during.every is not None else {}
+  named |= {plotted: "evaluation.plot_sampler"} if plotted is not None and plotted not in named else {}
+  for name, key in named.items():
     if name in config.samplers and generator_lib.stops_by_gamma(config.samplers[name]):
       raise ValueError(
-        f"samplers.{name}.stop = 'gamma' needs a read-out of weights that are still to be trained: name the others in "
-        "evaluation.samplers, and evaluate this one afterwards, by --mode=readout and --mode=evaluate"
+        f"samplers.{name}.stop = 'gamma' needs a read-out of weights that are still to be trained: give {key} other "
+        "samplers, and evaluate this one afterwards, by --mode=readout and --mode=evaluate"
       )
 
 

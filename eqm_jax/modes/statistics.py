@@ -29,6 +29,8 @@ def run(config: ml_collections.ConfigDict, workdir: str):
       f"evaluation.NAME.reference (here {features.references(options) or None}) a file that does not exist yet: its "
       "statistics are written to it"
     )
+  options = options.copy_and_resolve_references()
+  options.features = tuple(missing)  # weights of the other networks are not needed
   features.check(options)
   images = common.open_images(config)
   for name, path in missing.items():

@@ -233,9 +233,7 @@ def _timed_settings(lab: Lab) -> dict[Setting, dict[str, Any]]:
     ("flow_matching_untimed", "Heun"): {"rule": "heun"},
   }
   settings = {
-    (*key, f"{count} NFE"): {**changes, "max_nfe": count}
-    for key, changes in samplers.items()
-    for count in _counts(lab)
+    (*key, f"{count} NFE"): {**changes, "max_nfe": count} for key, changes in samplers.items() for count in _counts(lab)
   }
   stop = {"threshold": lab.options.threshold, "batching": "continuous"}
   for factor in ETA_FACTORS:

@@ -136,6 +136,7 @@ def test_models_that_a_readout_is_not_of_are_refused(model, options, text):
     lambda field: eqm_jax.compose([jnp.tanh, field], [0.5, 0.5]),
     lambda field: eqm_jax.guided(field, jnp.tanh, 2.0),
     lambda field: eqm_jax.integrate(field, X, solver="euler", steps=2),
+    lambda field: eqm_jax.asymmetry(field, X, jax.random.key(0)),
     lambda field: tasks.inpaint(field, X, np.ones((2, 2, 1)), jax.random.key(0), step_size=0.1, max_nfe=2),
   ],
 )

@@ -85,6 +85,20 @@ def test_real_samples_are_at_no_distance_from_themselves(tiny_config, generator,
   assert 0.95 < report["features"]["classifier_accuracy"]["held_out_accuracy"] <= 1
 
 
+def test_nearest_real_images_of_another_size_are_shown_at_the_size_of_samples(tmp_path):
+  class Reference:
+    def preview(self, store):
+      return np.zeros((3, 8, 8, 3), np.float32)
+
+    def neighbours(self, store, count):
+      return {"inception": np.ones((count, 16, 16, 3), np.float32)}
+
+  evaluator._write_neighbours(str(tmp_path / "nearest.png"), None, Reference())
+  of_samples = plotting.grid(np.zeros((1, 8, 8, 3)), evaluator.NEIGHBOUR_COLUMNS, captions=["samples"])
+  with Image.open(tmp_path / "nearest.png") as picture:
+    assert picture.width == of_samples.width
+
+
 @pytest.mark.slow
 def test_noise_is_far_from_the_digits_and_agrees_with_no_label(tiny_config, generator, tmp_path):
   for row in tiny_config.samplers.values():

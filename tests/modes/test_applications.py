@@ -157,6 +157,9 @@ def test_readout(run, config, tmp_path):
       modes.run(mode, config, str(tmp_path), str(run[0]))
   with pytest.raises(ValueError, match="adaptive.stop = 'gamma' needs a read-out of weights that are still"):
     modes.run("train", config, str(tmp_path / "new"))
+  config.evaluation.update(samplers=("gd",), plot_sampler="adaptive")
+  with pytest.raises(ValueError, match="still to be trained: give evaluation.plot_sampler other samplers"):
+    modes.run("train", config, str(tmp_path / "new"))
 
 
 @pytest.mark.slow
