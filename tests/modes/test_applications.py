@@ -158,6 +158,7 @@ def test_readout(run, config, tmp_path):
   with pytest.raises(ValueError, match="adaptive.stop = 'gamma' needs a read-out of weights that are still"):
     modes.run("train", config, str(tmp_path / "new"))
   config.evaluation.update(samplers=("gd",), plot_sampler="adaptive")
+  config.evaluation.during_training.every = None
   with pytest.raises(ValueError, match="still to be trained: give evaluation.plot_sampler other samplers"):
     modes.run("train", config, str(tmp_path / "new"))
 
