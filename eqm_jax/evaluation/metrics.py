@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -39,6 +39,13 @@ class Gaussian:
 
   mean: np.ndarray  # [D] float64
   covariance: np.ndarray  # [D, D] float64
+
+  @functools.cached_property
+  def factor(self) -> np.ndarray:
+    """A matrix F [D, rank] with FFᵀ = covariance."""
+    values, vectors = np.linalg.eigh(self.covariance)
+    kept = _not_rounding(values)
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,35 +116,32 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
   """
   _check(features_a=features_a, features_b=features_b)
   a, b = (GaussianStatistics.of(features).gaussian for features in (features_a, features_b))
-  check_spread("features_a", a)
-  check_spread("features_b", b)
+  check_spread("features_a", np.diagonal(a.covariance))
+  check_spread("features_b", np.diagonal(b.covariance))
   return frechet_of_gaussians(a, b)
 
 
-def check_spread(name: str, gaussian: Gaussian):
+def check_spread(name: str, variances_D: np.ndarray):
   """Raises ValueError for a set whose rows are all the same, since its distance means nothing."""
-  if not np.any(np.diagonal(gaussian.covariance)):
+  if not np.any(variances_D):
     raise ValueError(
       f"{name}: all rows are the same, their covariance is zero: are the images constant, or copies of one? A distance "
       "needs two that differ"
     )
 
 
-def frechet_of_gaussians(a: Gaussian, b: Gaussian, factor_a: np.ndarray | None = None) -> float:
-  """Fréchet distance of two Gaussians; `factor_a`, if given, is `factor(a.covariance)`."""
-  factor_a = factor(a.covariance) if factor_a is None else factor_a
+def frechet_of_gaussians(a: Gaussian, b: Gaussian) -> float:
+  """Fréchet distance of two Gaussians."""
   # tr (Σ₁Σ₂)^½ = Σ sqrt(eig(FᵀΣ₂F)) with Σ₁ = FFᵀ is a symmetric problem, so no complex roots have to be discarded.
   # It has as many eigenvalues as Σ₁ has rank: the square roots of others, zero but for rounding, would add up.
-  cross = np.sqrt(np.clip(np.linalg.eigvalsh(factor_a.T @ b.covariance @ factor_a), 0, None)).sum()
+  cross = np.sqrt(np.clip(np.linalg.eigvalsh(a.factor.T @ b.covariance @ a.factor), 0, None)).sum()
   distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
   return max(0.0, float(distance))
 
 
-def factor(covariance: np.ndarray) -> np.ndarray:
-  """A matrix F [D, rank] with FFᵀ = covariance, of the eigenvalues that are not zero to rounding."""
-  values, vectors = np.linalg.eigh(covariance)
-  kept = values > values[-1] * len(values) * np.finfo(float).eps
-  return vectors[:, kept] * np.sqrt(values[kept])
+def _not_rounding(eigenvalues: np.ndarray) -> np.ndarray:
+  """Which eigenvalues of a covariance, in ascending order, are not zero to rounding."""
+  return eigenvalues > eigenvalues[-1] * len(eigenvalues) * np.finfo(float).eps
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
@@ -463,16 +467,37 @@ def frechet_with_error(features: np.ndarray, real: Gaussian) -> tuple[float, flo
   if not np.all(np.isfinite(features)):
     bad = np.sum(~np.all(np.isfinite(features), axis=1))
     raise ValueError(f"the features of {bad} of {len(features)} samples are not finite: did the samples diverge?")
-  groups = [GaussianStatistics.of(part) for part in np.array_split(features, min(JACKKNIFE_GROUPS, len(features) // 2))]
-  gaussian = merge(groups).gaussian
-  check_spread("the samples", gaussian)
-  factor_real = factor(real.covariance)
-  distance = frechet_of_gaussians(real, gaussian, factor_real)
-  if len(groups) < 2:
-    return distance, None
-  others = (merge(groups[:g] + groups[g + 1 :]).gaussian for g in range(len(groups)))
-  without = [frechet_of_gaussians(real, other, factor_real) for other in others]
-  return distance, _jackknife_error(without)
+  groups = np.array_split(features, min(JACKKNIFE_GROUPS, len(features) // 2))
+  few = len(features) < features.shape[1]
+  distance, *without = _without_each(groups, real) if few else _merged_without_each(groups, real)
+  return distance, _jackknife_error(without) if len(groups) > 1 else None
+
+
+def _merged_without_each(groups: list[np.ndarray], real: Gaussian) -> Iterator[float]:
+  """Fréchet distance of all groups of samples to the real data, and then without each."""
+  statistics = [GaussianStatistics.of(group) for group in groups]
+  gaussian = merge(statistics).gaussian
+  check_spread("the samples", np.diagonal(gaussian.covariance))
+  yield frechet_of_gaussians(real, gaussian)
+  for g in range(len(groups) if len(groups) > 1 else 0):
+    yield frechet_of_gaussians(real, merge(statistics[:g] + statistics[g + 1 :]).gaussian)
+
+
+def _without_each(groups: list[np.ndarray], real: Gaussian) -> Iterator[float]:
+  """The same for fewer samples N than features D, by the eigenvalues of an N×N instead of a D×D matrix.
+
+  With Σ₁ = FFᵀ of the real data, and Σ₂ = XᵀX of N centred samples, those of FᵀΣ₂F are those of XF(XF)ᵀ.
+  """
+  groups = [group.astype(np.float64) for group in groups]
+  check_spread("the samples", np.ptp(np.concatenate(groups), axis=0))
+  projected = [group @ real.factor for group in groups]
+  for g in range(len(groups) + 1 if len(groups) > 1 else 1):  # 0: all of them
+    x, y = (np.concatenate(parts if g == 0 else parts[: g - 1] + parts[g:]) for parts in (groups, projected))
+    mean, y = x.mean(axis=0), y - y.mean(axis=0)
+    values = np.linalg.eigvalsh(y @ y.T / (len(x) - 1))
+    cross = np.sqrt(values[_not_rounding(values)]).sum()
+    trace = np.trace(real.covariance) + np.sum((x - mean) ** 2) / (len(x) - 1)
+    yield max(0.0, float(np.sum((real.mean - mean) ** 2) + trace - 2 * cross))
 
 
 def _jackknife_error(without: list[float]) -> float:

@@ -248,7 +248,7 @@ def compute_statistics(source: Source, features: Features, from_images: bool, th
   for kind, gaussian in gaussians.items():
     if not np.all(np.isfinite(gaussian.covariance)):
       raise ValueError(f"{features.name} features of the real data are not finite ({kind}): is the data damaged?")
-    metrics.check_spread(f"{features.name} features of the real data", gaussian)
+    metrics.check_spread(f"{features.name} features of the real data", np.diagonal(gaussian.covariance))
   origin = {
     "from": "the data set",
     "content_hash": source.content_hash,
@@ -381,7 +381,7 @@ def _of_foreign_images(path: str, has_images: bool, features: Features) -> Refer
   if len(pool) < 2:
     raise ValueError(f"{path}: arr_0 holds {len(pool)} image, but statistics need 2: give more")
   gaussian = GaussianStatistics.of(pool).gaussian
-  metrics.check_spread(f"{features.name} features of arr_0", gaussian)
+  metrics.check_spread(f"{features.name} features of arr_0", np.diagonal(gaussian.covariance))
   origin = {"from": os.path.basename(path), "samples": len(pool), "features": features.settings}
   return ReferenceStatistics({"pool": gaussian}, pool, origin)
 

@@ -22,6 +22,19 @@ def test_the_error_is_what_another_seed_would_change(real):
   assert 0.8 < np.sqrt(np.mean(errors**2)) / np.std(distances, ddof=1) < 1.25
 
 
+@pytest.mark.parametrize("real_count", [20, 400])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_fewer_samples_than_features_have_the_same_distances(real_count, copies):
+  """By a product of rows, which is smaller, as by one of columns; copies leave it without full rank."""
+  rng = np.random.default_rng(0)
+  real = GaussianStatistics.of(rng.normal(size=(real_count, 50))).gaussian
+  features = (rng.normal(size=(24, 50)) @ rng.normal(size=(50, 50)) + 1).repeat(copies, axis=0).astype(np.float32)
+  groups = np.array_split(features, 5)
+  found, expected = (list(f(groups, real)) for f in (metrics._without_each, metrics._merged_without_each))
+  assert len(found) == 6
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_minds_error_is_what_another_seed_would_change(real, monkeypatch):
   monkeypatch.setattr(metrics, "DIRECTIONS", 40)
   found = [metrics.mind_with_error(sample(seed, 300), real.features[:300]) for seed in range(80)]
