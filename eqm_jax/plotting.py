@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   import matplotlib.figure
 
 MARGIN = 1  # pixels between images, before enlarging
+SIDE = 48  # of an image in a grid without captions, about, in pixels
 CAPTION_WIDTH, CAPTION_HEIGHT = 64, 16  # pixels
 
 
@@ -41,7 +42,7 @@ def grid(
   for i, image in enumerate(pixels):
     top, left = margin + (i // columns) * (H + margin), margin + (i % columns) * (W + margin)
     canvas[top : top + H, left : left + W] = image
-  zoom = zoom or max(1, (CAPTION_WIDTH if captions else 48) // H)
+  zoom = zoom or max(1, CAPTION_WIDTH // H if captions else round(SIDE / H))
   picture = Image.fromarray(canvas)
   picture = picture.resize((canvas.shape[1] * zoom, canvas.shape[0] * zoom), Image.Resampling.NEAREST)
   return _with_captions(picture, captions, columns, rows) if captions else picture

@@ -19,6 +19,7 @@ def test_a_grid_shows_every_image_in_its_place():
   assert picture.shape == ((2 * 3 + 1) * zoom, (3 * 3 + 1) * zoom, 3)
   assert picture[4 * zoom, zoom].tolist() == [255, 255, 255]  # row 1, column 0: image 3
   assert picture[zoom, zoom].tolist() == [0, 0, 0]
+  assert plotting.grid(np.zeros((1, 32, 32, 3)), 1).width == 2 * (32 + 2)
   colour = np.zeros((1, 64, 64, 4))
   colour[..., 0] = 1
   assert np.asarray(plotting.grid(colour, 1))[5, 5].tolist() == [255, 128, 128]
