@@ -26,8 +26,8 @@ def get_config(variant: str = ""):
   config.train.update(steps=12_000, batch_size=32)
   config.checkpoint.every = 250  # every few minutes
   config.samplers = dict(
-    adaptive=base.sampler(threshold=20.0),
-    guided=base.sampler(threshold=20.0, guidance=2.0),
+    adaptive=base.sampler(threshold=8.0),
+    guided=base.sampler(threshold=8.0, guidance=2.0),
     few=base.sampler(rule="nag", momentum=0.3, step_size="auto", max_nfe=50),
   )
   config.evaluation.update(num_samples=450, batch_size=90, chunk_size=90)

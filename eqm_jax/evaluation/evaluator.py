@@ -205,12 +205,16 @@ def _evaluate_row(
 
 
 def picture(
-  store: SampleStore, reference: ReferenceData, count: int | None = None, captions: Sequence[str] | None = None
+  store: SampleStore,
+  reference: ReferenceData,
+  count: int | None = None,
+  captions: Sequence[str] | None = None,
+  columns: int = 10,
 ) -> Image.Image:
   """The first `count` samples (at most, and without it, those that are kept as images); in the plane all, as points."""
   if reference.in_plane:
     return plane.scatter(_points(store), reference.real_N)
-  return plotting.grid(reference.preview(store)[:count], 10, captions=captions)
+  return plotting.grid(reference.preview(store)[:count], columns, captions=captions)
 
 
 def _write_pictures(
@@ -226,7 +230,8 @@ def _write_pictures(
   """The samples as a grid and as a page, and the NFE of an adaptive sampler."""
   row = config.samplers[name]
   captions = generator.captions(labels[:PREVIEW])
-  picture(store, reference, captions=captions).save(os.path.join(directory, f"samples_{name}.png"))
+  grid = picture(store, reference, captions=captions, columns=generator.columns)
+  grid.save(os.path.join(directory, f"samples_{name}.png"))
   if not reference.in_plane:
     samples_page.write(
       os.path.join(directory, f"samples_{name}.html"),

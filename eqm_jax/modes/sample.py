@@ -63,7 +63,7 @@ def _write(
   if generator.model.input_shape == plane.SHAPE:
     grid = plane.scatter(result.x)
   else:
-    grid = plotting.grid(pixels[:IN_GRID], 10, captions=generator.captions(label_N[:IN_GRID]))
+    grid = plotting.grid(pixels[:IN_GRID], generator.columns, captions=generator.captions(label_N[:IN_GRID]))
     samples_page.write(
       os.path.join(directory, "samples.html"),
       f"Samples: {options.sampler}",
