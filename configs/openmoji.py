@@ -3,9 +3,12 @@
 Command:   python -m eqm_jax.main --config=configs/openmoji.py --workdir=runs/openmoji
            The other modes work in the same workdir. Emoji that it was not trained on:
            --mode=inpaint --checkpoint=runs/openmoji --workdir=runs/openmoji_test --config.data.options.part=test
-Hardware:  two CPU cores with AVX2, 4 GiB: an estimated 75 minutes of training (a step takes a second of one core)
-           and 20 of evaluation. Variant ":accelerator", with patches of 2 pixels, was not run by us.
-Expected:  evaluation/samples_adaptive.png, and beside it each sample's nearest training image.
+Hardware:  two CPU cores with AVX-512, 4 GiB: an hour of training and 15 minutes of evaluation, beside other work; with
+           AVX2 alone about twice as long. Variant ":accelerator", with patches of 2 pixels, was not run by us.
+Expected:  smileys, people, flags and symbols that anyone recognises; the other classes less surely. 133 NFE a sample.
+           Fréchet distance of a classifier's features 3.4, of pixels 169 (two halves of the real drawings: 0.97, 132).
+           Samples are farther from the nearest drawing (24.6) than drawings are from each other (20.9).
+           The loss ends near 2.0, 0.15 of E[c²].
 Data:      pip install -e ".[openmoji]". The drawings are by the OpenMoji project, licence CC BY-SA 4.0, and so are
            samples and other pictures made of them (docs/data.md).
 """
