@@ -81,7 +81,6 @@ def quick(config):
 def beyond(config):
   """Options that the paper does not have."""
   config.report.command = config.report.command.replace("runs/report", "runs/beyond")
-  config.report.num_samples = 500  # of 120 sample sets
   text = dict(title="Options beyond the paper, measured on digits", description="Each beside the paper's own choice.")
   config.report.text.update(text)
   with config.unlocked():
