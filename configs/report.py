@@ -81,7 +81,9 @@ def quick(config):
 def beyond(config):
   """Options that the paper does not have."""
   config.report.command = config.report.command.replace("runs/report", "runs/beyond")
-  text = dict(title="Options beyond the paper, measured on digits", description="Each beside the paper's own choice.")
+  text = dict(
+    title="Options beyond the paper, measured on digits", description="What the paper leaves open or has not."
+  )
   config.report.text.update(text)
   with config.unlocked():
     config.report.text.claims = BEYOND

@@ -4,9 +4,9 @@ How well each of three models knows its noise level, and what stopping by it giv
 of samples by their mean NFE, and thresholds that were chosen for one model, used for the others.
 
 The digits with λ = 4 are the weights of the package; the digits with λ = 8 and MNIST are trained in the workdir (on two
-CPU cores about 3 and 20 minutes; the rest takes 20), which what is finished stays in: started again, it goes
-on. Writes noise_level.json and two pictures into docs/, and prints the tables of the page. With --smoke everything is
-short, and is written into the workdir.
+CPU cores about 3 and 20 minutes; the rest takes 20). Finished models are kept there: the same command resumes after
+them. Writes noise_level.json and noise_level_stopping.png into docs/, and prints the tables of the page. With --smoke
+everything is short, and is written into the workdir.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tabulate
 
 import eqm_jax
 from eqm_jax import plotting
+from eqm_jax.evaluation import readout
 
 HERE = pathlib.Path(__file__).parent
 FIRST = "digits, λ = 4"  # thresholds are chosen for it, and used for all
@@ -67,7 +68,7 @@ def measure(title: str, workdir: pathlib.Path, smoke: bool) -> dict[str, Any]:
   return found
 
 
-def _samplers(title: str, readout: str, smoke: bool) -> dict[str, Any]:
+def _samplers(title: str, path: str, smoke: bool) -> dict[str, Any]:
   """A descent without a threshold, and one for each threshold of ‖f‖ and of γ̂."""
   sampler = runpy.run_path(str(HERE.parent / "configs" / "base.py"))["sampler"]
   options = {"step_size": STEP_SIZE * STEP_MULTIPLIER / MULTIPLIERS[title]}
@@ -77,7 +78,7 @@ def _samplers(title: str, readout: str, smoke: bool) -> dict[str, Any]:
     norms, gammas = norms + MORE_NORMS, gammas + MORE_GAMMAS
   rows = {"fixed": sampler(**options)}
   rows |= {_row("norm", value): sampler(**options, threshold=value) for value in norms}
-  by_gamma = {"stop": "gamma", "readout": readout}
+  by_gamma = {"stop": "gamma", "readout": path}
   return rows | {_row("gamma", value): sampler(**options, **by_gamma, threshold=value) for value in gammas}
 
 
@@ -104,16 +105,21 @@ def readout_table(found: dict[str, Any]) -> str:
   for title, model in found.items():
     for source in ("network", "untrained network", "pixel statistics"):
       errors = model["readout"][source]
-      last = errors["bins"][-1]
-      rows.append([title, source, errors["rmse"], errors["bins"][0]["rmse"], last["rmse"], last["bias"]])
+      bins = ((0, "rmse"), (readout.BINS - 1, "rmse"), (readout.BINS - 1, "bias"))
+      in_bins = [readout.of_bin(errors, number, key) for number, key in bins]
+      rows.append([title, source, errors["rmse"], *in_bins])
   headers = ("model", "γ read off", "RMSE", "below γ = .1", "above γ = .9", "bias above γ = .9")
   return tabulate.tabulate(rows, headers, tablefmt="github", floatfmt=".3f")
 
 
 def transfer_table(found: dict[str, Any]) -> str:
-  """Thresholds that are best for the first model, used for all, beside each model's own best."""
-  shared = {"samplers": {name: found[FIRST]["samplers"][name] for name in list(found.values())[-1]["samplers"]}}
-  norm, gamma = (_best(shared, stop)["threshold"] for stop in ("norm", "gamma"))
+  """Thresholds that are best for the first model, used for all, beside each one's own best; of those that all have."""
+  names = set.intersection(*(set(model["samplers"]) for model in found.values()))
+  found = {
+    title: {"samplers": {name: row for name, row in model["samplers"].items() if name in names}}
+    for title, model in found.items()
+  }
+  norm, gamma = (_best(found[FIRST], stop)["threshold"] for stop in ("norm", "gamma"))
   rows = []
   for title, model in found.items():
     relative = norm * MULTIPLIERS[title] / MULTIPLIERS[FIRST]

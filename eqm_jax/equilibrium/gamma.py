@@ -20,7 +20,7 @@ from eqm_jax import checks
 from eqm_jax.equilibrium.objective import Piece, Schedule, magnitude
 
 KINDS = ("uniform", "logit_normal", "consistent")
-ROUNDING, LARGEST_SHARE_AT_DATA = 2.0**-24, 0.5  # 1 − γ that float32 does not tell from 0, and the mass below it
+ROUNDING, LARGEST_SHARE_AT_DATA = 2.0**-24, 0.1  # 1 − γ that float32 does not tell from 0, and the mass below it
 # Of the quadrature over logit(γ), in deviations from its mean, and for each of them; beyond lies 1e-23 of the mass.
 REACH, NODES = 10.0, 32
 
@@ -35,8 +35,9 @@ class GammaDensity:
   consistent    density ∝ 1/max(c(γ)/λ, floor)
 
   1/c can be normalised where c falls to zero more slowly than 1−γ: "self_stopping",
-  "power" with an exponent below 1, "constant". There no floor is needed. Elsewhere
-  the floor must be positive: from the γ on where c/λ is below it, γ is uniform.
+  "power" with an exponent below 1, "constant". There no floor is needed, but for an
+  exponent above 0.86, where a tenth of γ is 1 to rounding. Elsewhere the floor must be
+  positive: from the γ on where c/λ is below it, γ is uniform.
 
   Attributes:
     kind: one of these.
@@ -144,6 +145,12 @@ class _Segment:
   def mass(self) -> float:
     return (self.piece.high - self.piece.low) / self.floor if self.floor else self.piece.integral(-1)
 
+  def mass_above(self, gamma: float) -> float:
+    """The part of the mass above γ."""
+    if gamma <= self.piece.low:
+      return self.mass
+    return dataclasses.replace(self, piece=self.piece.since(gamma)).mass if gamma < self.piece.high else 0.0
+
   @property
   def square(self) -> float:
     return self.piece.integral(2) / self.floor if self.floor else self.piece.integral(1)
@@ -182,14 +189,12 @@ def _segments(floor: float, schedule: Schedule) -> tuple[_Segment, ...]:
       f"schedule.kind = {schedule.kind!r}, for 1/c cannot be normalised: set a floor such as 0.05, or choose "
       "'self_stopping', or 'power' with an exponent below 1"
     )
-  last = segments[-1]
-  if last.piece.last == 0 and not last.floor:
-    share = last.piece.since(1 - ROUNDING).integral(-1) / sum(segment.mass for segment in segments)
-    if share > LARGEST_SHARE_AT_DATA:
-      raise ValueError(
-        f"gamma.floor = {floor} leaves {share:.0%} of γ at 1 to rounding, where the target is zero, with gamma.kind = "
-        f"'consistent' and schedule.exponent = {schedule.exponent}: set a floor such as 0.05, or a smaller exponent"
-      )
+  share = sum(segment.mass_above(1 - ROUNDING) for segment in segments) / sum(segment.mass for segment in segments)
+  if share > LARGEST_SHARE_AT_DATA:
+    raise ValueError(
+      f"schedule.kind = {schedule.kind!r} with gamma.kind = 'consistent' and gamma.floor = {floor} puts {share:.0%} of "
+      "γ at 1 to rounding, where the target is zero: set a gamma.floor such as 0.05, or for 'power' a smaller exponent"
+    )
   return tuple(segments)
 
 

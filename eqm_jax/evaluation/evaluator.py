@@ -207,9 +207,9 @@ def _evaluate_row(
 def picture(
   store: SampleStore,
   reference: ReferenceData,
+  columns: int,
   count: int | None = None,
   captions: Sequence[str] | None = None,
-  columns: int = 10,
 ) -> Image.Image:
   """The first `count` samples (at most, and without it, those that are kept as images); in the plane all, as points."""
   if reference.in_plane:
@@ -230,7 +230,8 @@ def _write_pictures(
   """The samples as a grid and as a page, and the NFE of an adaptive sampler."""
   row = config.samplers[name]
   captions = generator.captions(labels[:PREVIEW])
-  grid = picture(store, reference, captions=captions, columns=generator.columns)
+  columns = labels_lib.columns(config.evaluation.labels, generator.model.num_classes)
+  grid = picture(store, reference, columns, captions=captions)
   grid.save(os.path.join(directory, f"samples_{name}.png"))
   if not reference.in_plane:
     samples_page.write(

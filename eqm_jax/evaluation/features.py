@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -171,8 +171,12 @@ class Features:
   sizes: dict[str, int]  # of the rows of each kind, where they are fixed
 
 
-def check(options: ml_collections.ConfigDict):
+def check(options: ml_collections.ConfigDict, networks: Collection[str] | None = None):
   """Refuses features that do not exist or cannot be computed; `options` is the section `evaluation`.
+
+  Args:
+    options: the section.
+    networks: of which the weights are needed; None: all published ones among the features.
 
   Raises:
     ValueError: naming the key and the value.
@@ -181,7 +185,7 @@ def check(options: ml_collections.ConfigDict):
   if not names or any(name not in NAMES or names.count(name) > 1 for name in names):
     raise ValueError(f"evaluation.features = {names} must name some of {', '.join(NAMES)}, each once")
   at_least("evaluation.classifier.steps", options.classifier.steps, 1)
-  for name in published(options):
+  for name in published(options) if networks is None else networks:
     _check_published(f"evaluation.{name}", options[name], PUBLISHED[name])
 
 
@@ -206,17 +210,9 @@ def published(options: ml_collections.ConfigDict) -> list[str]:
 
 
 def references(options: ml_collections.ConfigDict) -> dict[str, str]:
-  """{name of a published network among the features: file of the real images' statistics}, where one is given.
-
-  Raises:
-    ValueError: if two networks have the same file.
-  """
+  """{name of a published network among the features: file of the real images' statistics}, where one is given."""
   sections = {name: options[name] for name in published(options)}
-  files = {name: requested.reference for name, requested in sections.items() if requested.reference}
-  if len({os.path.realpath(os.path.expanduser(path)) for path in files.values()}) < len(files):
-    keys = " and ".join(f"evaluation.{name}.reference" for name in files)
-    raise ValueError(f"{keys} are one file, {next(iter(files.values()))!r}: give each network's statistics their own")
-  return files
+  return {name: requested.reference for name, requested in sections.items() if requested.reference}
 
 
 def open_features(

@@ -121,9 +121,9 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
   return frechet_of_gaussians(a, b)
 
 
-def check_spread(name: str, variances_D: np.ndarray):
+def check_spread(name: str, spread_D: np.ndarray):
   """Raises ValueError for a set whose rows are all the same, since its distance means nothing."""
-  if not np.any(variances_D):
+  if not np.any(spread_D):
     raise ValueError(
       f"{name}: all rows are the same, their covariance is zero: are the images constant, or copies of one? A distance "
       "needs two that differ"
@@ -460,21 +460,25 @@ def frechet_with_error(features: np.ndarray, real: Gaussian) -> tuple[float, flo
   fewer than four samples.
 
   Raises:
-    ValueError: if there are fewer than two samples, a value is not finite, or all samples are the same.
+    ValueError: if there are fewer than two samples, a value is not finite, all are the same, or the sizes differ.
   """
   if len(features) < 2:
     raise ValueError(f"{len(features)} sample: a distance needs two, give more")
   if not np.all(np.isfinite(features)):
     bad = np.sum(~np.all(np.isfinite(features), axis=1))
     raise ValueError(f"the features of {bad} of {len(features)} samples are not finite: did the samples diverge?")
+  if features.shape[1] != len(real.mean):
+    raise ValueError(
+      f"{features.shape[1]} features of the samples, but {len(real.mean)} of the real data: give the same"
+    )
   groups = np.array_split(features, min(JACKKNIFE_GROUPS, len(features) // 2))
   few = len(features) < features.shape[1]
-  distance, *without = _without_each(groups, real) if few else _merged_without_each(groups, real)
+  distance, *without = _jackknife_by_rows(groups, real) if few else _jackknife_by_columns(groups, real)
   return distance, _jackknife_error(without) if len(groups) > 1 else None
 
 
-def _merged_without_each(groups: list[np.ndarray], real: Gaussian) -> Iterator[float]:
-  """Fréchet distance of all groups of samples to the real data, and then without each."""
+def _jackknife_by_columns(groups: list[np.ndarray], real: Gaussian) -> Iterator[float]:
+  """Fréchet distances of all groups of samples and of those without each, by D×D eigenvalue problems."""
   statistics = [GaussianStatistics.of(group) for group in groups]
   gaussian = merge(statistics).gaussian
   check_spread("the samples", np.diagonal(gaussian.covariance))
@@ -483,10 +487,10 @@ def _merged_without_each(groups: list[np.ndarray], real: Gaussian) -> Iterator[f
     yield frechet_of_gaussians(real, merge(statistics[:g] + statistics[g + 1 :]).gaussian)
 
 
-def _without_each(groups: list[np.ndarray], real: Gaussian) -> Iterator[float]:
-  """The same for fewer samples N than features D, by the eigenvalues of an N×N instead of a D×D matrix.
+def _jackknife_by_rows(groups: list[np.ndarray], real: Gaussian) -> Iterator[float]:
+  """Fréchet distances of all groups of samples and of those without each, by N×N eigenvalue problems.
 
-  With Σ₁ = FFᵀ of the real data, and Σ₂ = XᵀX of N centred samples, those of FᵀΣ₂F are those of XF(XF)ᵀ.
+  With Σ₁ = FFᵀ of the real data, and Σ₂ = XᵀX of N centred samples, FᵀΣ₂F and XF(XF)ᵀ have the same eigenvalues.
   """
   groups = [group.astype(np.float64) for group in groups]
   check_spread("the samples", np.ptp(np.concatenate(groups), axis=0))

@@ -112,5 +112,10 @@ def _errors(predicted_N: np.ndarray, gamma_N: np.ndarray) -> dict[str, Any]:
   return {"rmse": _rmse(error_N), "bias": float(error_N.mean()), "bins": bins}
 
 
+def of_bin(errors: dict[str, Any], number: int, key: str) -> float:
+  """One of the errors of `Study.report` in a bin of γ, by the bin's number; nan where no sample is."""
+  return next((one[key] for one in errors["bins"] if one["from"] == number / BINS), float("nan"))
+
+
 def _rmse(error_N: np.ndarray) -> float:
   return float(np.sqrt(np.mean(error_N**2)))

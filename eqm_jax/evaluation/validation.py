@@ -57,16 +57,16 @@ def check_before_training(config: ml_collections.ConfigDict):
   Raises:
     ValueError: naming the sampler.
   """
-  during = config.evaluation.during_training
-  plotted = config.evaluation.plot_sampler
-  named = {name: "evaluation.samplers" for name in evaluated_samplers(config)}
-  named |= {during.sampler: "evaluation.during_training.sampler"} if during.every is not None else {}
-  named |= {plotted: "evaluation.plot_sampler"} if plotted is not None and plotted not in named else {}
-  for name, key in named.items():
+  options = config.evaluation
+  uses = [("samplers", name) for name in evaluated_samplers(config)]
+  uses += [("during_training.sampler", options.during_training.sampler)] * (options.during_training.every is not None)
+  uses += [("plot_sampler", options.plot_sampler)] * (options.plot_sampler is not None)
+  for name in dict.fromkeys(name for _, name in uses):
     if name in config.samplers and generator_lib.stops_by_gamma(config.samplers[name]):
+      keys = " and ".join(f"evaluation.{key}" for key, used in uses if used == name)
       raise ValueError(
-        f"samplers.{name}.stop = 'gamma' needs a read-out of weights that are still to be trained: give {key} other "
-        "samplers, and evaluate this one afterwards, by --mode=readout and --mode=evaluate"
+        f"samplers.{name}.stop = 'gamma' needs a read-out of weights that are still to be trained: name another "
+        f"sampler in {keys}, and evaluate this one afterwards, by --mode=readout and --mode=evaluate"
       )
 
 

@@ -63,7 +63,8 @@ def _write(
   if generator.model.input_shape == plane.SHAPE:
     grid = plane.scatter(result.x)
   else:
-    grid = plotting.grid(pixels[:IN_GRID], generator.columns, captions=generator.captions(label_N[:IN_GRID]))
+    columns = labels.columns(options.labels, generator.model.num_classes)
+    grid = plotting.grid(pixels[:IN_GRID], columns, captions=generator.captions(label_N[:IN_GRID]))
     samples_page.write(
       os.path.join(directory, "samples.html"),
       f"Samples: {options.sampler}",

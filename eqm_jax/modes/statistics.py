@@ -29,9 +29,10 @@ def run(config: ml_collections.ConfigDict, workdir: str):
       f"evaluation.NAME.reference (here {features.references(options) or None}) a file that does not exist yet: its "
       "statistics are written to it"
     )
-  options = options.copy_and_resolve_references()
-  options.features = tuple(missing)  # weights of the other networks are not needed
-  features.check(options)
+  if len({os.path.realpath(path) for path in missing.values()}) < len(missing):
+    keys = " and ".join(f"evaluation.{name}.reference" for name in missing)
+    raise ValueError(f"{keys} are one file, {next(iter(missing.values()))!r}: give each network's statistics their own")
+  features.check(options, networks=missing)
   images = common.open_images(config)
   for name, path in missing.items():
     space = features.open_features(name, options, None, False)

@@ -196,7 +196,8 @@ def noise_level(lab: Lab) -> dict[str, Any]:
     "verdict": all_of([known, lower(ours, rmse[readout.UNTRAINED]), lower(ours, rmse[readout.PIXELS])]),
     "columns": ["read-out of", "RMSE ↓", "below γ = .1 ↓", "above γ = .9 ↓", "bias above γ = .9"],
     "rows": [
-      [title, spread(rmse[title])] + [spread([_of_bin(errors, k, key) for errors in runs]) for k, key in BINS_SHOWN]
+      [title, spread(rmse[title])]
+      + [spread([readout.of_bin(errors, k, key) for errors in runs]) for k, key in BINS_SHOWN]
       for title, runs in found.items()
     ],
     "notes": [
@@ -206,11 +207,6 @@ def noise_level(lab: Lab) -> dict[str, Any]:
     "figures": {"noise_level.png": "γ̂ by γ (median, 10 % to 90 %), and its RMSE; EqM, first seed."},
     "numbers": found,
   }
-
-
-def _of_bin(errors: dict[str, Any], number: int, key: str) -> float:
-  """An error of a read-out in one bin of γ; nan where no sample is."""
-  return next((one[key] for one in errors["bins"] if one["from"] == number / readout.BINS), float("nan"))
 
 
 def memorisation(lab: Lab) -> dict[str, Any]:

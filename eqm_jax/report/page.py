@@ -72,13 +72,20 @@ def plot_lines(path: str, x: Sequence[float], curves: Mapping[str, Sequence[Sequ
 
 def plot_tradeoff(path: str, curves: Mapping[str, tuple[Sequence, Sequence]], **axes: Any):
   """A line through the points of each curve, (x, y) of [X][seeds] each: means over the seeds, and a dot for each."""
+  from matplotlib.ticker import LogLocator
+
   figure, panel = plotting.figure(*SIZE)
   for name, (x, y) in curves.items():
     (line,) = panel.plot(np.mean(x, axis=1), np.mean(y, axis=1), label=name)
     panel.plot(np.ravel(x), np.ravel(y), ".", markersize=4, color=line.get_color())
   panel.set(**axes)
-  panel.legend(fontsize="small")
-  figure.savefig(path, dpi=DPI)
+  for axis in (panel.xaxis, panel.yaxis):
+    if axis.get_scale() == "log":
+      axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      axis.set_major_formatter("{x:g}")
+  panel.minorticks_off()
+  panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize="small")
+  figure.savefig(path, dpi=DPI, bbox_inches="tight")
 
 
 def plot_bars(path: str, bars: Mapping[str, Sequence[float]], *, xlabel: str):

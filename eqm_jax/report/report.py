@@ -45,14 +45,14 @@ CLAIMS = {  # in the order of the page
   "step_sizes": _Measurement(sampling_claims.step_sizes, 6, ("eqm", "flow_matching")),
   "adaptive": _Measurement(sampling_claims.adaptive, 2),
   "more_steps": _Measurement(sampling_claims.more_steps, 3),
-  "wall_clock": _Measurement(sampling_claims.wall_clock, 6, tuple(sampling_claims.TITLES)),
+  "wall_clock": _Measurement(sampling_claims.wall_clock, 10, tuple(sampling_claims.TITLES)),
   "denoising": _Measurement(landscape_claims.denoising, 3, ("eqm", "flow_matching")),
   "outlier_detection": _Measurement(landscape_claims.outlier_detection, 0.5, ("eqm", "dot", "flow_matching_untimed")),
   "composition": _Measurement(landscape_claims.composition, 2),
   "noise_level": _Measurement(landscape_claims.noise_level, 0.5, tuple(landscape_claims.READ_OUT.values())),
   "memorisation": _Measurement(landscape_claims.memorisation, 0.5),
   "energies": _Measurement(training_claims.energies, 4, ("eqm", "dot", "scalar", "l2")),
-  "modern_block": _Measurement(training_claims.modern_block, 1, ("eqm", "modern")),
+  "modern_block": _Measurement(training_claims.modern_block, 4, ("eqm", "modern")),
 }
 TRAINING_COST = {"dot": 1.8, "scalar": 1.8, "l2": 1.8}  # relative to an implicit model
 LEAST = {"seeds": 1, "num_samples": 20, "batch_size": 1, "num_held_out": 10, "max_nfe": 4}  # for every claim

@@ -95,11 +95,6 @@ class Generator:
     """Words for the labels, the null class at the end."""
     return labels_lib.names(self.model.num_classes, self.class_names)
 
-  @property
-  def columns(self) -> int:
-    """Images in a row of a picture: one for each class, where that makes a row of a usual length."""
-    return self.model.num_classes if 5 <= self.model.num_classes <= 12 else 10
-
   def captions(self, label_N: Sequence[int]) -> list[str] | None:
     """Words for labels, below pictures; None where their classes have no names."""
     if self.class_names is None or np.all(np.asarray(label_N) == self.model.num_classes):

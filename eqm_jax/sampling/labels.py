@@ -41,6 +41,11 @@ def parse(key: str, spec: str | int | Sequence[int], count: int, num_classes: in
   return np.resize(labels.astype(np.int32), count)
 
 
+def columns(spec: str | int | Sequence[int], num_classes: int) -> int:
+  """Images in a row of a picture: one of each class, if labels as in `parse` take all in turn, and 5 to 12 exist."""
+  return num_classes if spec == "balanced" and 5 <= num_classes <= 12 else 10
+
+
 def names(num_classes: int, class_names: Sequence[str] | None = None) -> list[str]:
   """Words for the labels of a model, the null class at the end: with the names of the classes where they say more.
 

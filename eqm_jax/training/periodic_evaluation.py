@@ -19,6 +19,7 @@ from eqm_jax.checks import at_least, one_of
 from eqm_jax.evaluation import evaluator
 from eqm_jax.evaluation.reference_data import ReferenceData
 from eqm_jax.io import read_json, write_json
+from eqm_jax.sampling import labels as labels_lib
 from eqm_jax.sampling.generator import Generator
 from eqm_jax.sampling.sample_store import SampleStore
 from eqm_jax.training import run_page, sharding
@@ -104,7 +105,8 @@ class PeriodicEvaluation:
       store = self._reference.sample(self._row_name, self._row, label_N, generator, self._directory)
       is_first = distributed.process_index_and_count()[0] == 0
       captions = generator.captions(label_N[:IN_PICTURE])
-      self._pending = step, _Comparison(self._reference, store, captions) if is_first else None
+      columns = labels_lib.columns(self._options.labels, num_classes)
+      self._pending = step, _Comparison(self._reference, store, columns, captions) if is_first else None
 
   def collect(self, *, wait: bool):
     """Writes the metrics of the last samples, if they are computed; with `wait`, once they are.
@@ -182,9 +184,10 @@ class NoEvaluation:
 class _Comparison(threading.Thread):
   """Computes the metrics of one sample set. A daemon: a process that ends does not wait for it."""
 
-  def __init__(self, reference: ReferenceData, store: SampleStore, captions: Sequence[str] | None):
+  def __init__(self, reference: ReferenceData, store: SampleStore, columns: int, captions: Sequence[str] | None):
     super().__init__(name="comparison", daemon=True)
-    self._reference, self._store, self._captions, self._result = reference, store, captions, None
+    self._reference, self._store, self._result = reference, store, None
+    self._columns, self._captions = columns, captions
     self.picture: Image.Image | None = None  # of the first samples, once there are metrics
     self.start()
 
@@ -192,7 +195,7 @@ class _Comparison(threading.Thread):
     try:
       self._store.wait(WAIT_SECONDS)
       metrics = self._reference.metrics(self._store)
-      self.picture = evaluator.picture(self._store, self._reference, IN_PICTURE, self._captions)
+      self.picture = evaluator.picture(self._store, self._reference, self._columns, IN_PICTURE, self._captions)
       self.picture.thumbnail((pages.MAX_WIDTH, pages.MAX_WIDTH))
       self._result = metrics
     except Exception as error:  # early samples may diverge, a device may have no room: training goes on

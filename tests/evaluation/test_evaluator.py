@@ -96,7 +96,8 @@ def test_nearest_real_images_of_another_size_are_shown_at_the_size_of_samples(tm
   evaluator._write_neighbours(str(tmp_path / "nearest.png"), None, Reference())
   of_samples = plotting.grid(np.zeros((1, 8, 8, 3)), evaluator.NEIGHBOUR_COLUMNS, captions=["samples"])
   with Image.open(tmp_path / "nearest.png") as picture:
-    assert picture.width == of_samples.width
+    assert picture.size == (of_samples.width, 2 * of_samples.height - 8)
+    assert np.asarray(picture)[of_samples.height + 20, 20].tolist() == [255, 255, 255]  # grey are the samples
 
 
 @pytest.mark.slow

@@ -30,9 +30,13 @@ def test_fewer_samples_than_features_have_the_same_distances(real_count, copies)
   real = GaussianStatistics.of(rng.normal(size=(real_count, 50))).gaussian
   features = (rng.normal(size=(24, 50)) @ rng.normal(size=(50, 50)) + 1).repeat(copies, axis=0).astype(np.float32)
   groups = np.array_split(features, 5)
-  found, expected = (list(f(groups, real)) for f in (metrics._without_each, metrics._merged_without_each))
+  found, expected = (list(f(groups, real)) for f in (metrics._jackknife_by_rows, metrics._jackknife_by_columns))
   assert len(found) == 6
   np.testing.assert_allclose(found, expected, rtol=1e-6)
+  distance, error = metrics.frechet_with_error(features, real)
+  assert distance == pytest.approx(expected[0], rel=1e-6) and error > 0
+  with pytest.raises(ValueError, match="40 features of the samples, but 50 of the real data"):
+    metrics.frechet_with_error(features[:, :40], real)
 
 
 def test_minds_error_is_what_another_seed_would_change(real, monkeypatch):

@@ -95,10 +95,16 @@ def test_statistics_are_computed_with_one_command(weights, tmp_path):
     ValueError, match=r"NAME.reference \(here {'dinov2': .*statistics.npz'}\) a file that does not ex"
   ):
     modes.run("statistics", config, str(tmp_path / "run"))
-  config.evaluation.features = ("inception", "dinov2")
+  config.evaluation.features = ("inception", "dinov2")  # Inception's weights are missing, and not needed here
   config.evaluation.inception.reference = str(path)
+  again = str(tmp_path / "again.npz")
+  config.evaluation.dinov2.reference = again
+  modes.run("statistics", config, str(tmp_path / "run"))
+  np.testing.assert_array_equal(reference_data.load(again, space).features, pool)
+  config.evaluation.inception.reference = config.evaluation.dinov2.reference = str(tmp_path / "both.npz")
   with pytest.raises(ValueError, match="inception.reference and evaluation.dinov2.reference are one file, .*their own"):
     modes.run("statistics", config, str(tmp_path / "run"))
+  config.evaluation.dinov2.reference = str(path)
   config.evaluation.dinov2.resize = "tf1"
   other = features.open_features("dinov2", config.evaluation, None, False)
   with pytest.raises(ValueError, match="evaluation.dinov2.reference: .*statistics of .*bicubic.*features are .*tf1"):

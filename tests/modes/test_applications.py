@@ -159,7 +159,7 @@ def test_readout(run, config, tmp_path):
     modes.run("train", config, str(tmp_path / "new"))
   config.evaluation.update(samplers=("gd",), plot_sampler="adaptive")
   config.evaluation.during_training.every = None
-  with pytest.raises(ValueError, match="still to be trained: give evaluation.plot_sampler other samplers"):
+  with pytest.raises(ValueError, match="still to be trained: name another sampler in evaluation.plot_sampler, and"):
     modes.run("train", config, str(tmp_path / "new"))
 
 

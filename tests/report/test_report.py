@@ -1,5 +1,6 @@
 """The report: its verdicts, its page, and that it goes on where it was."""
 
+import collections
 import json
 import logging
 
@@ -12,7 +13,7 @@ from eqm_jax.networks import flops
 from eqm_jax.networks.dit import BLOCK_OPTIONS, DiT
 from eqm_jax.report import lab, page, report
 from eqm_jax.report.landscape_claims import READ_OUT
-from eqm_jax.report.sampling_claims import TITLES, at_equal_quality
+from eqm_jax.report.sampling_claims import TITLES, fastest_settings
 from eqm_jax.report.training_claims import GAMMAS
 
 CLAIM = {
@@ -48,14 +49,25 @@ def test_the_spread_is_that_of_a_sample():
   assert lab.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and lab.spread([1.0]) == "1.000 ± 0.000"
 
 
-def test_the_time_to_a_distance_that_all_models_reach():
-  """By seed: the second model's best distance is the goal at seed 0, the first one's at seed 1."""
-  fast, slow, other = ("a", "gd", "10"), ("a", "gd", "50"), ("b", "euler", "10")
-  frechet = {fast: [1.9, 3.0], slow: [1.0, 2.5], other: [2.0, 1.0]}
-  seconds = {fast: [1.0, 1.0], slow: [5.0, 5.0], other: [2.0, 2.0]}
-  lowest, fastest = at_equal_quality(frechet, seconds)
-  assert lowest == {"a": [1.0, 2.5], "b": [2.0, 1.0]}
-  assert fastest == {"a": [fast, slow], "b": [other, other]}
+def test_the_fastest_setting_that_reaches_a_distance():
+  fast, slow, slower = ("eqm", "gd", "10"), ("eqm", "gd", "50"), ("eqm", "gd", "249")
+  frechet = {slower: [0.9, 2.0, 5.0], fast: [1.9, 3.0, 5.0], slow: [1.0, 2.5, 5.0]}
+  seconds = {fast: 1.0, slow: 5.0, slower: 25.0}
+  assert fastest_settings(frechet, seconds, np.array([1.0, 3.0, 4.0])) == [slow, fast, None]
+
+
+@pytest.mark.slow
+def test_seconds_to_the_distance_of_each_baseline(tmp_path):
+  """Every model has as many tries, and the page tells what EqM does not reach."""
+  config = small_config(("wall_clock",))
+  modes.run("report", config, str(tmp_path))
+  claim = json.loads((tmp_path / "report.json").read_text())["claims"]["wall_clock"]
+  tries = collections.Counter(one["model"] for one in claim["numbers"]["settings"])
+  assert set(tries) == set(TITLES) and len(set(tries.values())) == 1
+  assert [row[1] for row in claim["rows"]] == ["flow matching", "EqM", "flow matching without time", "EqM"]
+  for row, (baseline, found) in zip(claim["rows"][1::2], claim["numbers"]["baselines"].items()):
+    assert all(one is not None for one in found["seconds"][baseline])
+    assert ("not reached" in row[2]) == (None in found["seconds"]["eqm"])
 
 
 def test_the_page_shows_every_part_escaped():

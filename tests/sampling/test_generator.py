@@ -103,11 +103,6 @@ def test_integrators_are_rows_too(row):
   )
 
 
-@pytest.mark.parametrize("num_classes, columns", [(9, 9), (10, 10), (1, 10), (1000, 10)])
-def test_a_row_of_a_picture_has_an_image_of_each_class(num_classes, columns):
-  assert generator(1, Bowls(num_classes)).columns == columns
-
-
 def test_step_size_auto(row):
   row.update(step_size="auto", threshold=None, max_nfe=20)
   noise = sampler.start_noise(jax.random.key(0), np.arange(13), (8, 8, 1))

@@ -23,6 +23,15 @@ def test_labels(spec, expected):
   assert parsed.tolist() == expected and parsed.dtype == np.int32
 
 
+@pytest.mark.parametrize(
+  "spec, num_classes, columns",
+  [("balanced", 9, 9), ("balanced", 5, 5), ("balanced", 12, 12), ("balanced", 13, 10), ("balanced", 4, 10)]
+  + [("random", 9, 10), ("0,8", 9, 10), ("none", 9, 10)],
+)
+def test_a_picture_has_a_column_for_each_class_where_labels_take_turns(spec, num_classes, columns):
+  assert labels.columns(spec, num_classes) == columns
+
+
 def test_words_for_labels_have_the_names_of_classes_where_they_say_more():
   assert labels.names(2) == ["class 0", "class 1", "no class"]
   assert labels.names(2, ("0", "1")) == labels.names(2)
