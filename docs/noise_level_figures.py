@@ -161,7 +161,7 @@ def draw(found: dict[str, Any], path: pathlib.Path):
     panel.set(yscale="log", ylabel="Fréchet distance, fixed descent = 1")
   by_norm.set(xlabel="threshold of ‖f‖", xscale="log")
   by_norm.set_xticks(NORMS, [f"{norm:.3g}" for norm in NORMS])
-  by_norm.tick_params(axis="x", which="minor", bottom=False)
+  by_norm.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
   by_gamma.set(xlabel="threshold of γ̂", xticks=GAMMAS)
   for panel in (by_nfe, by_norm, by_gamma):
     panel.yaxis.set_major_formatter("{x:g}")
