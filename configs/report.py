@@ -45,9 +45,9 @@ PAPER = {
 }
 BEYOND = {
   "gammas": ("With a density of γ ∝ 1/c(γ) samples are better than with uniform γ", "Not in the paper: γ is uniform."),
-  "modern_block": ("A modern block makes better samples at equal compute", "Not in the paper: its blocks are DiT's."),
   "wall_clock": ("EqM reaches the quality of flow matching in less time", "Not in the paper: it counts NFE alone."),
   "noise_level": ("The field knows its noise level: γ can be read off its tokens linearly", "Not in the paper."),
+  "modern_block": ("A modern block makes better samples at equal compute", "Not in the paper: its blocks are DiT's."),
 }
 DESCRIPTION = """Each claim of the Equilibrium Matching paper beside what was measured here, on a small network and
 small pictures. A claim that fails here may well hold on ImageNet, and the other way round. The criterion given with a

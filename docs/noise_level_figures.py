@@ -105,9 +105,7 @@ def readout_table(found: dict[str, Any]) -> str:
   for title, model in found.items():
     for source in ("network", "untrained network", "pixel statistics"):
       errors = model["readout"][source]
-      bins = ((0, "rmse"), (readout.BINS - 1, "rmse"), (readout.BINS - 1, "bias"))
-      in_bins = [readout.of_bin(errors, number, key) for number, key in bins]
-      rows.append([title, source, errors["rmse"], *in_bins])
+      rows.append([title, source, errors["rmse"], *readout.at_ends(errors)])
   headers = ("model", "γ read off", "RMSE", "below γ = .1", "above γ = .9", "bias above γ = .9")
   return tabulate.tabulate(rows, headers, tablefmt="github", floatfmt=".3f")
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from eqm_jax.equilibrium import meshes
-from eqm_jax.equilibrium.pytrees import FieldFn, Model, Params, ShortRepr, as_pytree, check_labels
+from eqm_jax.equilibrium.pytrees import TWO_RESULTS, FieldFn, Model, Params, ShortRepr, as_pytree, check_labels
 
 FORMS = ("dot", "l2", "scalar")
 PROBES = 2**32 - 5  # folded into the key of random probes, where no sample index reaches
@@ -151,10 +151,8 @@ def asymmetry(field: FieldFn, x: jax.Array, key: jax.Array, probes: int = 16) ->
     probes: their number; the relative error is about 1/√(probes·dimension).
 
   Raises:
-    ValueError: for a field that was made with a read-out.
+    ValueError: for a field that returns (f, γ̂), as one with a read-out does.
   """
-  if isinstance(jax.eval_shape(field, x), tuple):
-    raise ValueError("the field returns (f, γ̂), and f alone is needed: make it without `readout`")
   run = functools.partial(_asymmetry, probes=probes)
   out_specs = PartitionSpec(*meshes.spec_of(x)[:1])
   return meshes.call(run, (as_pytree(field), x, key), like=x, out_specs=out_specs)
@@ -162,7 +160,9 @@ def asymmetry(field: FieldFn, x: jax.Array, key: jax.Array, probes: int = 16) ->
 
 @functools.partial(jax.jit, static_argnames="probes")
 def _asymmetry(field, x, key, probes):
-  _, transposed = jax.vjp(field, x)
+  f, transposed = jax.vjp(field, x)
+  if isinstance(f, tuple):
+    raise ValueError(TWO_RESULTS)
   axes = range(1, x.ndim)
 
   def squares(key):

@@ -18,7 +18,17 @@ from jax.sharding import PartitionSpec
 
 from eqm_jax.equilibrium import energy, meshes, noise_level
 from eqm_jax.equilibrium.objective import per_sample
-from eqm_jax.equilibrium.pytrees import FieldFn, Model, Params, Scalar, ShortRepr, as_pytree, check_labels, is_traced
+from eqm_jax.equilibrium.pytrees import (
+  TWO_RESULTS,
+  FieldFn,
+  Model,
+  Params,
+  Scalar,
+  ShortRepr,
+  as_pytree,
+  check_labels,
+  is_traced,
+)
 
 __all__ = [
   "BoundField",
@@ -289,7 +299,7 @@ def f_alone(field: Callable) -> Callable:
   """
   unbound = field.field if isinstance(field, BoundField) else field
   if isinstance(unbound, Field) and unbound.readout is not None:
-    raise ValueError("the field returns (f, γ̂), and f alone is needed: make it without `readout`")
+    raise ValueError(TWO_RESULTS)
   return as_pytree(field)
 
 

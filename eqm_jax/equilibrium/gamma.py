@@ -20,7 +20,8 @@ from eqm_jax import checks
 from eqm_jax.equilibrium.objective import Piece, Schedule, magnitude
 
 KINDS = ("uniform", "logit_normal", "consistent")
-ROUNDING, LARGEST_SHARE_AT_DATA = 2.0**-24, 0.1  # 1 − γ that float32 does not tell from 0, and the mass below it
+ROUNDING = 2.0**-24  # 1 − γ that float32 does not tell from 0
+LARGEST_SHARE_AT_DATA = 0.1  # of γ that are 1 to rounding
 # Of the quadrature over logit(γ), in deviations from its mean, and for each of them; beyond lies 1e-23 of the mass.
 REACH, NODES = 10.0, 32
 
@@ -65,7 +66,7 @@ def check(density: GammaDensity, schedule: Schedule):
   """Refuses a density that does not exist for this c(γ).
 
   Raises:
-    ValueError: for "consistent" without a floor where 1/c cannot be normalised, or has most of its mass at γ = 1.
+    ValueError: for "consistent" without a floor where 1/c cannot be normalised, or puts a tenth of γ at 1.
   """
   if density.kind == "consistent":
     _segments(density.floor, schedule)
@@ -181,7 +182,8 @@ def _segments(floor: float, schedule: Schedule) -> tuple[_Segment, ...]:
       crossing = piece.low + (level - piece.first) / piece.slope
       for part, is_below in zip((piece.until(crossing), piece.since(crossing)), ends):
         segments.append(_Segment(part, floor if is_below else 0.0))
-  if not math.isfinite(sum(segment.mass for segment in segments)):
+  mass = sum(segment.mass for segment in segments)
+  if not math.isfinite(mass):
     if floor > 0:
       raise ValueError(f"gamma.floor = {floor} is too small: c/λ falls to it at γ = 1 to rounding. 0.05 is usual")
     raise ValueError(
@@ -189,7 +191,7 @@ def _segments(floor: float, schedule: Schedule) -> tuple[_Segment, ...]:
       f"schedule.kind = {schedule.kind!r}, for 1/c cannot be normalised: set a floor such as 0.05, or choose "
       "'self_stopping', or 'power' with an exponent below 1"
     )
-  share = sum(segment.mass_above(1 - ROUNDING) for segment in segments) / sum(segment.mass for segment in segments)
+  share = sum(segment.mass_above(1 - ROUNDING) for segment in segments) / mass
   if share > LARGEST_SHARE_AT_DATA:
     raise ValueError(
       f"schedule.kind = {schedule.kind!r} with gamma.kind = 'consistent' and gamma.floor = {floor} puts {share:.0%} of "

@@ -17,6 +17,7 @@ import numpy as np
 Scalar = float | jax.Array
 Params = Mapping[str, Any]  # nested dicts of arrays
 FieldFn = Callable[[jax.Array], jax.Array]  # x [B, ...] → f [B, ...]
+TWO_RESULTS = "the field returns (f, γ̂), and f alone is needed: make it without `readout`"
 
 
 class Model(Protocol):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -471,37 +471,35 @@ def frechet_with_error(features: np.ndarray, real: Gaussian) -> tuple[float, flo
     raise ValueError(
       f"{features.shape[1]} features of the samples, but {len(real.mean)} of the real data: give the same"
     )
+  check_spread("the samples", np.ptp(features, axis=0))
   groups = np.array_split(features, min(JACKKNIFE_GROUPS, len(features) // 2))
-  few = len(features) < features.shape[1]
-  distance, *without = _jackknife_by_rows(groups, real) if few else _jackknife_by_columns(groups, real)
-  return distance, _jackknife_error(without) if len(groups) > 1 else None
+  distance_of, parts = _by_rows(groups, real) if len(features) < features.shape[1] else _by_columns(groups, real)
+  distance = distance_of(parts)
+  if len(parts) < 2:
+    return distance, None
+  return distance, _jackknife_error([distance_of(parts[:g] + parts[g + 1 :]) for g in range(len(parts))])
 
 
-def _jackknife_by_columns(groups: list[np.ndarray], real: Gaussian) -> Iterator[float]:
-  """Fréchet distances of all groups of samples and of those without each, by D×D eigenvalue problems."""
-  statistics = [GaussianStatistics.of(group) for group in groups]
-  gaussian = merge(statistics).gaussian
-  check_spread("the samples", np.diagonal(gaussian.covariance))
-  yield frechet_of_gaussians(real, gaussian)
-  for g in range(len(groups) if len(groups) > 1 else 0):
-    yield frechet_of_gaussians(real, merge(statistics[:g] + statistics[g + 1 :]).gaussian)
+def _by_columns(groups: list[np.ndarray], real: Gaussian) -> tuple[Callable[[list], float], list[GaussianStatistics]]:
+  """A function from parts to the Fréchet distance, by a D×D eigenvalue problem, and the part of each group."""
+  return lambda parts: frechet_of_gaussians(real, merge(parts).gaussian), [*map(GaussianStatistics.of, groups)]
 
 
-def _jackknife_by_rows(groups: list[np.ndarray], real: Gaussian) -> Iterator[float]:
-  """Fréchet distances of all groups of samples and of those without each, by N×N eigenvalue problems.
+def _by_rows(groups: list[np.ndarray], real: Gaussian) -> tuple[Callable[[list], float], list[tuple]]:
+  """The same by an N×N eigenvalue problem, which is the smaller one for fewer samples N than features D.
 
   With Σ₁ = FFᵀ of the real data, and Σ₂ = XᵀX of N centred samples, FᵀΣ₂F and XF(XF)ᵀ have the same eigenvalues.
   """
-  groups = [group.astype(np.float64) for group in groups]
-  check_spread("the samples", np.ptp(np.concatenate(groups), axis=0))
-  projected = [group @ real.factor for group in groups]
-  for g in range(len(groups) + 1 if len(groups) > 1 else 1):  # 0: all of them
-    x, y = (np.concatenate(parts if g == 0 else parts[: g - 1] + parts[g:]) for parts in (groups, projected))
+
+  def distance_of(parts: list[tuple]) -> float:
+    x, y = map(np.concatenate, zip(*parts))
     mean, y = x.mean(axis=0), y - y.mean(axis=0)
     values = np.linalg.eigvalsh(y @ y.T / (len(x) - 1))
     cross = np.sqrt(values[_not_rounding(values)]).sum()
     trace = np.trace(real.covariance) + np.sum((x - mean) ** 2) / (len(x) - 1)
-    yield max(0.0, float(np.sum((real.mean - mean) ** 2) + trace - 2 * cross))
+    return max(0.0, float(np.sum((real.mean - mean) ** 2) + trace - 2 * cross))
+
+  return distance_of, [(group, group @ real.factor) for group in (group.astype(np.float64) for group in groups)]
 
 
 def _jackknife_error(without: list[float]) -> float:

@@ -6,6 +6,7 @@ shows what training has added, and the mean and mean square of each channel of t
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -112,9 +113,11 @@ def _errors(predicted_N: np.ndarray, gamma_N: np.ndarray) -> dict[str, Any]:
   return {"rmse": _rmse(error_N), "bias": float(error_N.mean()), "bins": bins}
 
 
-def of_bin(errors: dict[str, Any], number: int, key: str) -> float:
-  """One of the errors of `Study.report` in a bin of γ, by the bin's number; nan where no sample is."""
-  return next((one[key] for one in errors["bins"] if one["from"] == number / BINS), float("nan"))
+def at_ends(errors: dict[str, Any]) -> list[float]:
+  """RMSE in the lowest and the highest bin of γ, and bias in the highest, of `Study.report`; nan where no sample is."""
+  bins = {one["from"]: one for one in errors["bins"]}
+  lowest, highest = (bins.get(number / BINS, {}) for number in (0, BINS - 1))
+  return [one.get(key, math.nan) for one, key in ((lowest, "rmse"), (highest, "rmse"), (highest, "bias"))]
 
 
 def _rmse(error_N: np.ndarray) -> float:

@@ -19,7 +19,6 @@ WEIGHTS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # of the first label
 COMPOSED = 10 * SHOWN  # samples for each weight
 NOISE = 0.05  # sampling noise of a fraction of so many samples
 READ_OUT = {"EqM": "eqm", "EqM, λ = 8": "lambda_8", "flow matching without time": "flow_matching_untimed"}
-BINS_SHOWN = ((0, "rmse"), (readout.BINS - 1, "rmse"), (readout.BINS - 1, "bias"))  # of γ, and the errors in them
 NOISED = 12  # noised images for each sample of the report, of which one in six is held out
 RIDGE = 1e-4
 LARGEST_RMSE = 0.07  # of a γ that is known: a quarter of its own standard deviation, √(1/12)
@@ -196,8 +195,7 @@ def noise_level(lab: Lab) -> dict[str, Any]:
     "verdict": all_of([known, lower(ours, rmse[readout.UNTRAINED]), lower(ours, rmse[readout.PIXELS])]),
     "columns": ["read-out of", "RMSE ↓", "below γ = .1 ↓", "above γ = .9 ↓", "bias above γ = .9"],
     "rows": [
-      [title, spread(rmse[title])]
-      + [spread([readout.of_bin(errors, k, key) for errors in runs]) for k, key in BINS_SHOWN]
+      [title, spread(rmse[title])] + [spread(values) for values in zip(*map(readout.at_ends, runs))]
       for title, runs in found.items()
     ],
     "notes": [

@@ -16,7 +16,7 @@ FACTORS = (0.4, 0.7, 1.0, 1.5, 2.0, 2.5)  # of the step size, as in the paper
 PAPER_NFE, PAPER_COUNTS = 249, (10, 25, 50, 100, 249)  # scaled to report.max_nfe
 REPEATS = 3  # of a timed sampling, of which the median counts
 TIMED_COUNTS = (7, 10, 14, 20, 28, 40, 56, 80, 112, 249)  # as PAPER_COUNTS, and as close as their times can be told
-STEP_SIZE_FACTORS = (1, 2, 4, 8)  # of timed descents that stop at their threshold
+THRESHOLD_FACTORS = (1, 2, 4, 8)  # of the step size of timed descents that stop at their threshold
 TOLERANCES = (0.1, 0.03, 0.01, 0.003)  # of timed integrations with steps that the solver chooses
 TOLERATED = 1.05  # a distance above the best one of a baseline, relative to it, that counts as reaching it
 TITLES = {
@@ -24,6 +24,7 @@ TITLES = {
   "flow_matching": "flow matching",
   "flow_matching_untimed": "flow matching without time",
 }
+BASELINES = tuple(model for model in TITLES if model != "eqm")
 
 Setting = tuple[str, str, str]  # of a timed sampling: model, sampler, budget
 
@@ -171,32 +172,34 @@ def more_steps(lab: Lab) -> dict[str, Any]:
 
 def wall_clock(lab: Lab) -> dict[str, Any]:
   """Seconds of sampling until EqM has the best Fréchet distance of each baseline."""
-  frechet, times, nfe = ({setting: [] for setting in _timed_settings(lab)} for _ in range(3))
+  settings = _timed_settings(lab)
+  measured = {setting: {"nfe": [], "seconds": [], "frechet": []} for setting in settings}
   for seed in lab.seeds:  # a model's settings are not one after the other, so that a disturbance affects all models
-    for setting, changes in _timed_settings(lab).items():
-      samples = lab.sample(setting[0], seed, again=True, **changes)
-      frechet[setting].append(lab.frechet(samples.result.x))
-      times[setting].append(samples.seconds)
-      nfe[setting].append(float(samples.result.nfe.mean()))
-  seconds = {setting: float(np.median(values)) for setting, values in times.items()}
-  rows, numbers, verdicts = [], {}, []
-  for baseline in ("flow_matching", "flow_matching_untimed"):
-    target_S = TOLERATED * np.min([values for setting, values in frechet.items() if setting[0] == baseline], axis=0)
-    taken = {}
-    for model in (baseline, "eqm"):
-      fastest = fastest_settings({one: values for one, values in frechet.items() if one[0] == model}, seconds, target_S)
-      taken[model] = [float("inf") if setting is None else seconds[setting] for setting in fastest]
-      choices = dict.fromkeys("none" if one is None else f"{one[1]}, {np.mean(nfe[one]):.0f} NFE" for one in fastest)
-      rows.append(
-        [f"{TITLES[baseline]}: {spread(target_S)}", TITLES[model], _seconds(taken[model]), "; ".join(choices)]
-      )
-    numbers[baseline] = {"target": target_S.tolist(), "seconds": {key: _finite(one) for key, one in taken.items()}}
-    verdicts.append(lower(taken["eqm"], taken[baseline]))
+    for setting, changes in settings.items():
+      samples, values = lab.sample(setting[0], seed, again=True, **changes), measured[setting]
+      values["nfe"].append(float(samples.result.nfe.mean()))
+      values["seconds"].append(samples.seconds)
+      values["frechet"].append(lab.frechet(samples.result.x))
+  seconds = {setting: float(np.median(values["seconds"])) for setting, values in measured.items()}
+  frechet: dict[str, dict[Setting, list[float]]] = {model: {} for model in TITLES}
   curves: dict[str, tuple[list, list]] = {}
-  for setting in frechet:
+  for setting, values in measured.items():
+    frechet[setting[0]][setting] = values["frechet"]
     x, y = curves.setdefault(f"{TITLES[setting[0]]}, {setting[1]}", ([], []))
     x.append([seconds[setting]] * len(lab.seeds))
-    y.append(frechet[setting])
+    y.append(values["frechet"])
+  rows, numbers, verdicts = [], {}, []
+  for baseline in BASELINES:
+    target_S = TOLERATED * np.min([*frechet[baseline].values()], axis=0)
+    taken = {}
+    for model in (baseline, "eqm"):
+      fastest = fastest_settings(frechet[model], seconds, target_S)
+      taken[model] = [float("inf") if one is None else seconds[one] for one in fastest]
+      choices = ("none" if one is None else f"{one[1]}, {np.mean(measured[one]['nfe']):.0f} NFE" for one in fastest)
+      goal = f"{TITLES[baseline]}: {spread(target_S)}"
+      rows.append([goal, TITLES[model], _seconds(taken[model]), "; ".join(dict.fromkeys(choices))])
+    numbers[baseline] = {"target": target_S.tolist(), "seconds": {key: _finite(one) for key, one in taken.items()}}
+    verdicts.append(lower(taken["eqm"], taken[baseline]))
   axes = {"xlabel": f"seconds of {len(lab.labels)} samples", "ylabel": "Fréchet distance"}
   plot_tradeoff(lab.path("wall_clock.png"), curves, xscale="log", yscale="log", **axes)
   return {
@@ -213,15 +216,8 @@ def wall_clock(lab: Lab) -> dict[str, Any]:
     "numbers": {
       "baselines": numbers,
       "settings": [
-        {
-          "model": one[0],
-          "sampler": one[1],
-          "budget": one[2],
-          "nfe": nfe[one],
-          "seconds": times[one],
-          "frechet": values,
-        }
-        for one, values in frechet.items()
+        {"model": model, "sampler": sampler, "budget": budget, **values}
+        for (model, sampler, budget), values in measured.items()
       ],
     },
   }
@@ -239,7 +235,7 @@ def fastest_settings(
 
 
 def _seconds(values: list[float]) -> str:
-  missing = sum(one is None for one in _finite(values))
+  missing = np.count_nonzero(np.isinf(values))
   return f"not reached with {missing} of {len(values)} seeds" if missing else spread(values, 2)
 
 
@@ -252,16 +248,16 @@ def _timed_settings(lab: Lab) -> dict[Setting, dict[str, Any]]:
   """Changes of a sampler row: for each model as many samplers, from few evaluations to many, the models in turn."""
   auto, nag = {"step_size": "auto"}, {"rule": "nag", "momentum": 0.3}
   samplers = {("eqm", "GD"): auto, ("eqm", "NAG μ = .3"): {**nag, **auto}}
-  for model in ("flow_matching", "flow_matching_untimed"):
+  for model in BASELINES:
     samplers |= {(model, "Euler"): {}, (model, "Heun"): {"rule": "heun"}}
   settings: dict[Setting, dict[str, Any]] = {}
   for count in _counts(lab, TIMED_COUNTS):
     settings |= {(*key, f"{count} NFE"): {**changes, "max_nfe": count} for key, changes in samplers.items()}
   stop = {"threshold": lab.options.threshold, "batching": "continuous"}
-  for factor, tolerance in zip(STEP_SIZE_FACTORS, TOLERANCES):
+  for factor, tolerance in zip(THRESHOLD_FACTORS, TOLERANCES):
     step_size = factor * lab.options.step_size
     settings["eqm", "GD to its threshold", f"η = {step_size:g}"] = {**stop, "step_size": step_size}
-    for model in ("flow_matching", "flow_matching_untimed"):
+    for model in BASELINES:
       key = (model, "Tsit5, adaptive", f"tolerance {tolerance:g}")
       settings[key] = {"rule": "tsit5", "tolerance": tolerance}
   return settings

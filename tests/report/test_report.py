@@ -199,6 +199,7 @@ def test_options_beyond_the_paper_have_a_page_with_their_own_models(tmp_path):
   modes.run("report", config, str(tmp_path))
   claims = json.loads((tmp_path / "report.json").read_text())["claims"]
   assert set(claims) == set(config.report.text.claims)
+  assert list(claims) == [name for name in report.CLAIMS if name in claims], "the order of the page"
   models = {*GAMMAS, "modern", *READ_OUT.values(), *TITLES}
   assert {path.name for path in (tmp_path / "models").iterdir()} == {f"{name}-0" for name in models}
   assert [row[:2] for row in claims["gammas"]["rows"]] == [list(pair) for pair in GAMMAS.values()]
